@@ -1,0 +1,2 @@
+//! The nestvmm program.
+fn main() {}
