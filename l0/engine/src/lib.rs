@@ -1,1 +1,152 @@
-//! placeholder
+//! The seam between L0 and whatever runs guests: one level of hardware virtualization.
+//!
+//! An [`Engine`] makes [`Vcpu`]s; a vCPU runs the context that an [`EngineVmcs`]
+//! describes until that context exits, and reports the exit in the SDM's own terms
+//! ([`VmExit`]). It knows nothing of L1 and L2: L0 enters it with VMCS01 or with VMCS02.
+//!
+//! Not here: VM-entry checks on behalf of L1 and everything else of VMX root operation
+//! (that is `vmx-emu`).
+
+mod exit;
+mod regs;
+mod vmcs;
+
+pub use exit::{EntryFailure, VmExit};
+pub use regs::{FpuState, FxArea, GuestRegs, Msrs, VectorRegister};
+pub use vmcs::{
+    Activity, Controls, DescriptorTable, EngineVmcs, GuestState, Segment, interruptibility, pending_debug,
+};
+
+use std::sync::Arc;
+
+use memory::Gpa;
+use x86_spec::caps::VmxCapabilities;
+
+/// What an engine-wide or vCPU-wide invalidation covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidateScope {
+    /// Every cached translation.
+    All,
+    /// Guest-physical and combined mappings of one EPTP (INVEPT single-context).
+    Eptp(u64),
+    /// Linear and combined mappings of one VPID, global ones too (INVVPID single-context).
+    Vpid(u16),
+    /// As [`Self::Vpid`] but global translations may stay (INVVPID type 3).
+    VpidRetainGlobals(u16),
+    /// One linear address of one VPID (INVVPID type 0).
+    Address {
+        /// The VPID.
+        vpid: u16,
+        /// The linear address.
+        linear: u64,
+    },
+    /// Mappings that reach machine memory pages `first..first + pages`.
+    Machine {
+        /// First page number.
+        first: u64,
+        /// Number of pages.
+        pages: u64,
+    },
+}
+
+/// Why an engine could not be made or could not make a vCPU.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The host lacks something that the engine can't do without.
+    #[error("this host can't run the {engine} engine: {reason}")]
+    Unsupported {
+        /// The engine's name.
+        engine: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// A call to the host failed.
+    #[error("{call} failed: {source}")]
+    Host {
+        /// The call.
+        call: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+}
+
+/// Something that runs guests of one level.
+pub trait Engine: Send + Sync {
+    /// Its vCPU type.
+    type Vcpu: Vcpu;
+
+    /// What it can do, as capability MSRs.
+    fn capabilities(&self) -> &VmxCapabilities;
+
+    /// The feature bits that guests may be shown because the engine executes them:
+    /// for one CPUID (sub)leaf, masks of EAX, EBX, ECX, EDX. Leaves that hold no feature
+    /// bits give zeros.
+    fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+
+    /// Frequency of the engine's TSC in Hz; guests see TSC + offset.
+    fn tsc_frequency(&self) -> u64;
+
+    /// The engine's TSC now.
+    fn tsc(&self) -> u64;
+
+    /// A new vCPU.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the host refuses.
+    fn create_vcpu(&self) -> Result<Self::Vcpu, EngineError>;
+
+    /// Drops cached translations of all vCPUs. Takes effect in each vCPU before its next
+    /// guest instruction.
+    fn invalidate(&self, scope: InvalidateScope);
+}
+
+/// Makes a running [`Vcpu::enter`] return soon with [`ExternalInterrupt`], or the next
+/// one, if none is running. Kicks don't count: several may give one exit.
+///
+/// [`ExternalInterrupt`]: x86_spec::exit::ExitReason::ExternalInterrupt
+pub trait Kick: Send + Sync {
+    /// Kicks.
+    fn kick(&self);
+}
+
+/// Ports and guest-physical addresses that are not memory, for [`Vcpu::emulate`].
+/// `size` is 1, 2, 4 or (memory only) 8 bytes; results are zero-extended.
+pub trait ExitBus {
+    /// A read of guest-physical memory that no EPT entry maps.
+    fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64;
+    /// A write to guest-physical memory that no EPT entry maps for writing.
+    fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64);
+    /// A read of an I/O port.
+    fn pio_read(&mut self, port: u16, size: u8) -> u32;
+    /// A write to an I/O port.
+    fn pio_write(&mut self, port: u16, size: u8, value: u32);
+}
+
+/// One virtual CPU of an engine.
+pub trait Vcpu: Send {
+    /// Runs the context of `vmcs` and `regs` from VM entry to VM exit. Guest state,
+    /// exit information and the preemption timer are written back to `vmcs`.
+    fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit;
+
+    /// Executes the one instruction at RIP (all iterations of a string instruction up to
+    /// an event) with accesses to unmapped guest-physical memory and to ports going to
+    /// `bus` instead of exiting. `None` when it completed (or faulted into the guest);
+    /// otherwise the exit that it caused. Controls of `vmcs` other than I/O and EPT
+    /// violations hold as in [`Self::enter`].
+    fn emulate(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Option<VmExit>;
+
+    /// A handle to kick this vCPU from another thread.
+    fn kicker(&self) -> Arc<dyn Kick>;
+
+    /// Guest instructions executed so far (for engines that count, else 0).
+    fn instructions(&self) -> u64;
+
+    /// Guest-physical translation for L0's own use (debuggers, reports): the linear
+    /// address translated with the guest's current paging, without any side effect.
+    fn translate(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs, linear: u64) -> Option<Gpa>;
+}

@@ -132,10 +132,7 @@ mod tests {
     fn accesses_across_the_end_fail_whole() {
         let mem = Arc::new(MachineMemory::new(0x10000).unwrap());
         let ram = L1Ram::new(mem, RamLayout::new(0x10000)).unwrap();
-        assert_eq!(
-            ram.write(L1Gpa(0xffff), &[1, 2]),
-            Err(MemoryError::NotRam { addr: 0xffff, len: 2 })
-        );
+        assert_eq!(ram.write(L1Gpa(0xffff), &[1, 2]), Err(MemoryError::NotRam { addr: 0xffff, len: 2 }));
         let mut b = [9];
         ram.read(L1Gpa(0xffff), &mut b).unwrap();
         assert_eq!(b, [0]);
