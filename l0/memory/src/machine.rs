@@ -202,7 +202,7 @@ impl MachineMemory {
     /// # Errors
     /// As [`Self::read_u64`].
     pub fn atomic_u64(&self, addr: MachineAddr) -> Result<&AtomicU64, MemoryError> {
-        if addr.0 % 8 != 0 {
+        if !addr.0.is_multiple_of(8) {
             return Err(MemoryError::OutOfRange { addr, len: 8 });
         }
         let p = self.check(addr, 8)?;
