@@ -1,0 +1,1 @@
+//! Reading images: disks, kernels and what is on an EFI system partition.

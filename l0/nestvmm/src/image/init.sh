@@ -1,0 +1,44 @@
+#!/bin/sh
+# The first process of nestvmm's demonstration L1: mounts what programs expect, loads
+# KVM where the CPU has virtualization, and gives a shell on the console. Leaving the
+# shell powers the machine off.
+
+export PATH=/sbin:/usr/sbin:/bin:/usr/bin HOME=/root SHELL=/bin/sh ENV=/etc/profile
+
+mount -t proc -o nosuid,nodev,noexec proc /proc
+mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+mount -t devtmpfs -o nosuid,mode=0755 devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o nosuid,noexec,gid=5,mode=0620 devpts /dev/pts
+mount -t tmpfs -o nosuid,nodev tmpfs /dev/shm
+mount -t tmpfs -o nosuid,nodev tmpfs /tmp
+mount -t tmpfs -o nosuid,nodev,mode=0755 tmpfs /run
+ln -sf /proc/self/fd /dev/fd
+hostname l1
+ip link set lo up 2>/dev/null
+
+# Without VMX or SVM the modules would only complain, so they are not tried.
+if grep -qw vmx /proc/cpuinfo; then
+    modprobe kvm_intel 2>/dev/null
+elif grep -qw svm /proc/cpuinfo; then
+    modprobe kvm_amd 2>/dev/null
+fi
+
+# busybox's poweroff, reboot and halt signal process 1.
+trap 'sync; poweroff -f' USR2
+trap 'sync; halt -f' USR1
+trap 'sync; reboot -f' TERM
+
+cd /root
+# nestvmm_exec="..." on the kernel command line runs a command instead of a shell.
+if [ -n "$nestvmm_exec" ]; then
+    sh -c "$nestvmm_exec" </dev/console
+    echo "nestvmm: L1 command ended with status $?"
+else
+    echo "nestvmm: L1 ready"
+    # In the background, so that a signal's trap runs at once and not when it ends.
+    setsid cttyhack sh -i &
+    wait $!
+fi
+sync
+poweroff -f
