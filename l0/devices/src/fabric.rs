@@ -1,0 +1,311 @@
+//! The interrupt fabric: ISA and GSI lines into the 8259 pair and the I/O APIC, messages to
+//! the local APICs, and the word to each vCPU that it may have something to take.
+//!
+//! Wiring: ISA line 0 is I/O APIC pin 2, line 2 does not exist, the others are pin for pin.
+//! The 8259's INTR goes to LINT0 of every local APIC and to I/O APIC pin 0.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::device::{IrqLine, IrqSink, lock};
+use crate::ioapic::{IoApic, MessageSink, PINS};
+use crate::lapic::{ApicAction, GpFault, LocalApic};
+use crate::message::{DeliveryMode, InterruptMessage};
+use crate::pic::DualPic;
+
+/// Called with a vCPU's index when it may have gained something to take. Must not call back
+/// into the fabric.
+pub type Notifier = Box<dyn Fn(usize) + Send + Sync>;
+
+/// The controllers that are shared by all vCPUs.
+struct Chips {
+    pic: DualPic,
+    ioapic: IoApic,
+    intr: bool,
+}
+
+/// All interrupt controllers of the machine.
+pub struct Interrupts {
+    chips: Mutex<Chips>,
+    lapics: Vec<Mutex<LocalApic>>,
+    notifier: OnceLock<Notifier>,
+}
+
+/// Delivers to local APICs; handed to the I/O APIC.
+struct LapicBus<'a>(&'a Interrupts);
+
+impl MessageSink for LapicBus<'_> {
+    fn deliver(&mut self, message: &InterruptMessage) -> bool {
+        self.0.deliver(message)
+    }
+}
+
+impl Interrupts {
+    /// A fabric around the vCPUs' local APICs, in the order of vCPUs.
+    pub fn new(lapics: Vec<LocalApic>) -> Arc<Self> {
+        Arc::new(Self {
+            chips: Mutex::new(Chips { pic: DualPic::new(), ioapic: IoApic::new(), intr: false }),
+            lapics: lapics.into_iter().map(Mutex::new).collect(),
+            notifier: OnceLock::new(),
+        })
+    }
+
+    /// Sets who is told when a vCPU may have something to take. Only the first call counts; returns whether
+    /// this was it.
+    pub fn set_notifier(&self, notifier: Notifier) -> bool {
+        self.notifier.set(notifier).is_ok()
+    }
+
+    /// Tells the notifier about vCPU `cpu`.
+    pub fn notify(&self, cpu: usize) {
+        if let Some(notifier) = self.notifier.get() {
+            notifier(cpu);
+        }
+    }
+
+    /// Tells the notifier about every vCPU.
+    pub fn notify_all(&self) {
+        (0..self.lapics.len()).for_each(|cpu| self.notify(cpu));
+    }
+
+    /// The ISA line `irq` for a device to drive.
+    pub fn isa_line(self: &Arc<Self>, irq: u32) -> IrqLine {
+        IrqLine::new(self.clone(), irq)
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> usize {
+        self.lapics.len()
+    }
+
+    /// Runs `f` on the local APIC of vCPU `cpu`; `None` if there is no such vCPU.
+    pub fn with_lapic<R>(&self, cpu: usize, f: impl FnOnce(&mut LocalApic) -> R) -> Option<R> {
+        self.lapics.get(cpu).map(|lapic| f(&mut lock(lapic)))
+    }
+
+    // ---- messages -----------------------------------------------------------------------
+
+    /// Delivers a message to every local APIC that it is for, or to the one of lowest priority.
+    /// Returns whether any accepted it.
+    pub fn deliver(&self, message: &InterruptMessage) -> bool {
+        if message.delivery == DeliveryMode::LowestPriority {
+            return self.deliver_lowest_priority(message);
+        }
+        let mut accepted = false;
+        for (cpu, lapic) in self.lapics.iter().enumerate() {
+            let mut lapic = lock(lapic);
+            if lapic.is_destination(message.destination) && lapic.accept(message) {
+                drop(lapic);
+                accepted = true;
+                self.notify(cpu);
+            }
+        }
+        accepted
+    }
+
+    /// Lowest-priority delivery: to the destination with the lowest processor priority (SDM Vol. 3A
+    /// §11.6.2.4); of equals, the first.
+    fn deliver_lowest_priority(&self, message: &InterruptMessage) -> bool {
+        let mut candidates: Vec<(u8, usize)> = Vec::new();
+        for (cpu, lapic) in self.lapics.iter().enumerate() {
+            let lapic = lock(lapic);
+            if lapic.is_destination(message.destination) {
+                candidates.push((lapic.ppr(), cpu));
+            }
+        }
+        candidates.sort_unstable();
+        for (_, cpu) in candidates {
+            if self.with_lapic(cpu, |lapic| lapic.accept(message)) == Some(true) {
+                self.notify(cpu);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Carries out what a register access asked for.
+    fn perform(&self, action: ApicAction) {
+        match action {
+            ApicAction::None => {}
+            ApicAction::Ipi(message) => {
+                self.deliver(&message);
+            }
+            ApicAction::EoiBroadcast(vector) => {
+                lock(&self.chips).ioapic.end_of_interrupt(vector, &mut LapicBus(self));
+            }
+        }
+    }
+
+    // ---- the vCPU's side ----------------------------------------------------------------
+
+    /// Whether vCPU `cpu` has a maskable interrupt to take now.
+    pub fn has_interrupt(&self, cpu: usize) -> bool {
+        self.with_lapic(cpu, |l| l.pending_vector().is_some() || l.extint_pending()).unwrap_or(false)
+    }
+
+    /// Takes the interrupt that vCPU `cpu` is to run now and returns its vector: an 8259's
+    /// through INTA, else the local APIC's highest.
+    pub fn take_interrupt(&self, cpu: usize) -> Option<u8> {
+        let extint = self.with_lapic(cpu, |l| {
+            let pending = l.extint_pending();
+            l.accept_extint();
+            pending
+        })?;
+        if extint {
+            let mut chips = lock(&self.chips);
+            let vector = chips.pic.acknowledge();
+            self.update_intr(&mut chips);
+            return Some(vector);
+        }
+        self.with_lapic(cpu, |l| {
+            let vector = l.pending_vector()?;
+            l.ack(vector);
+            Some(vector)
+        })?
+    }
+
+    /// RDMSR of a local-APIC MSR by vCPU `cpu`.
+    ///
+    /// # Errors
+    /// [`GpFault`] as [`LocalApic::read_msr`].
+    pub fn read_msr(&self, cpu: usize, msr: u32) -> Result<u64, GpFault> {
+        self.with_lapic(cpu, |l| l.read_msr(msr)).unwrap_or(Err(GpFault))
+    }
+
+    /// WRMSR of a local-APIC MSR by vCPU `cpu`.
+    ///
+    /// # Errors
+    /// [`GpFault`] as [`LocalApic::write_msr`].
+    pub fn write_msr(&self, cpu: usize, msr: u32, value: u64) -> Result<(), GpFault> {
+        let action = self.with_lapic(cpu, |l| l.write_msr(msr, value)).unwrap_or(Err(GpFault))?;
+        self.perform(action);
+        Ok(())
+    }
+
+    /// Reads the register page of vCPU `cpu`'s local APIC, if `gpa` is in it.
+    pub fn lapic_mmio_read(&self, cpu: usize, gpa: u64, size: u8) -> Option<u64> {
+        self.with_lapic(cpu, |l| {
+            (l.mmio_page() == Some(gpa & !0xfff)).then(|| l.mmio_read(gpa & 0xfff, size))
+        })?
+    }
+
+    /// Writes the register page of vCPU `cpu`'s local APIC; `false` if `gpa` is not in it.
+    pub fn lapic_mmio_write(&self, cpu: usize, gpa: u64, size: u8, value: u64) -> bool {
+        let action = self.with_lapic(cpu, |l| {
+            (l.mmio_page() == Some(gpa & !0xfff)).then(|| l.mmio_write(gpa & 0xfff, size, value))
+        });
+        match action.flatten() {
+            Some(action) => {
+                self.perform(action);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Drives LINT1, the NMI pin, of every vCPU: an edge.
+    pub fn pulse_nmi(&self) {
+        for cpu in 0..self.lapics.len() {
+            let raised = self.with_lapic(cpu, |l| {
+                let raised = l.set_lint(1, true);
+                l.set_lint(1, false);
+                raised
+            });
+            if raised == Some(true) {
+                self.notify(cpu);
+            }
+        }
+    }
+
+    /// Expires the timers of all local APICs.
+    pub fn tick(&self, now: u64) {
+        for (cpu, lapic) in self.lapics.iter().enumerate() {
+            if lock(lapic).tick(now) {
+                self.notify(cpu);
+            }
+        }
+    }
+
+    /// The earliest time at which a local APIC's timer expires.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.lapics.iter().filter_map(|l| lock(l).next_deadline()).min()
+    }
+
+    /// Resets every controller to its power-up state.
+    pub fn reset(&self) {
+        let mut chips = lock(&self.chips);
+        chips.pic.reset();
+        chips.ioapic.reset();
+        self.update_intr(&mut chips);
+        for lapic in &self.lapics {
+            lock(lapic).power_up_reset();
+        }
+    }
+
+    // ---- the devices' side --------------------------------------------------------------
+
+    /// Passes a change of the 8259's INTR on to LINT0 and I/O APIC pin 0. Called with the
+    /// chips locked, so that changes arrive in order.
+    fn update_intr(&self, chips: &mut Chips) {
+        let intr = chips.pic.intr();
+        if intr == chips.intr {
+            return;
+        }
+        chips.intr = intr;
+        for (cpu, lapic) in self.lapics.iter().enumerate() {
+            if lock(lapic).set_lint(0, intr) {
+                self.notify(cpu);
+            }
+        }
+        chips.ioapic.set_pin(0, intr, &mut LapicBus(self));
+    }
+
+    /// Drives global system interrupt `gsi` (an I/O APIC pin).
+    pub fn set_gsi(&self, gsi: u32, asserted: bool) {
+        if let Ok(pin) = usize::try_from(gsi)
+            && pin < PINS
+        {
+            lock(&self.chips).ioapic.set_pin(pin, asserted, &mut LapicBus(self));
+        }
+    }
+
+    /// Reads an 8259 or ELCR port.
+    pub fn pic_read(&self, port: u16) -> u8 {
+        let mut chips = lock(&self.chips);
+        let value = chips.pic.read(port).unwrap_or(0xff);
+        self.update_intr(&mut chips);
+        value
+    }
+
+    /// Writes an 8259 or ELCR port.
+    pub fn pic_write(&self, port: u16, value: u8) {
+        let mut chips = lock(&self.chips);
+        chips.pic.write(port, value);
+        self.update_intr(&mut chips);
+    }
+
+    /// Reads the I/O APIC's register window.
+    pub fn ioapic_read(&self, offset: u64) -> u32 {
+        lock(&self.chips).ioapic.mmio_read(offset)
+    }
+
+    /// Writes the I/O APIC's register window.
+    pub fn ioapic_write(&self, offset: u64, value: u32) {
+        lock(&self.chips).ioapic.mmio_write(offset, value, &mut LapicBus(self));
+    }
+}
+
+impl IrqSink for Interrupts {
+    /// Drives ISA line `irq` (0–15) or, above that, GSI `irq`.
+    fn set_irq(&self, irq: u32, asserted: bool) {
+        let pin = match irq {
+            0 => 2,
+            2 => return,
+            1..16 => irq as usize,
+            _ => return self.set_gsi(irq, asserted),
+        };
+        let mut chips = lock(&self.chips);
+        chips.pic.set_irq(irq as u8, asserted);
+        self.update_intr(&mut chips);
+        chips.ioapic.set_pin(pin, asserted, &mut LapicBus(self));
+    }
+}

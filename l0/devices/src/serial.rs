@@ -1,0 +1,323 @@
+//! A 16550A UART (National Semiconductor PC16550D datasheet) with a terminal at its other end.
+//!
+//! Written here because the superio crates' model has no FIFO control register, no trigger levels, no
+//! priority of interrupt sources, and edges instead of a level on its interrupt line.
+//!
+//! The peer honours RTS: what is typed waits in a bounded queue until the guest asserts
+//! RTS or enables the received-data interrupt, so that input sent before a driver opened the port is
+//! not lost when it clears the FIFOs.
+//!
+//! Not supported: line speed (bytes move at once, the divisor is only stored), parity, framing and break
+//! conditions, DMA modes.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::device::{IrqLine, PioDevice, TimedDevice};
+
+/// Depth of the receive FIFO.
+const FIFO_DEPTH: usize = 16;
+/// How much input waits for the guest at most.
+pub const INPUT_QUEUE: usize = 4096;
+/// Output is handed on at a newline, when this much waits, or after [`FLUSH_NS`].
+const OUTPUT_BUFFER: usize = 512;
+/// How long output waits at most.
+const FLUSH_NS: u64 = 1_000_000;
+
+const IER_RECEIVED: u8 = 1 << 0;
+const IER_TRANSMIT: u8 = 1 << 1;
+const IER_LINE: u8 = 1 << 2;
+const IER_MODEM: u8 = 1 << 3;
+
+const IIR_NONE: u8 = 0x01;
+const IIR_LINE: u8 = 0x06;
+const IIR_RECEIVED: u8 = 0x04;
+const IIR_TIMEOUT: u8 = 0x0c;
+const IIR_TRANSMIT: u8 = 0x02;
+const IIR_MODEM: u8 = 0x00;
+const IIR_FIFOS: u8 = 0xc0;
+
+const FCR_ENABLE: u8 = 1 << 0;
+const FCR_CLEAR_RX: u8 = 1 << 1;
+
+const LCR_DLAB: u8 = 1 << 7;
+
+const MCR_DTR: u8 = 1 << 0;
+const MCR_RTS: u8 = 1 << 1;
+const MCR_OUT1: u8 = 1 << 2;
+const MCR_OUT2: u8 = 1 << 3;
+const MCR_LOOP: u8 = 1 << 4;
+
+const LSR_DATA_READY: u8 = 1 << 0;
+const LSR_OVERRUN: u8 = 1 << 1;
+const LSR_TRANSMIT_EMPTY: u8 = 0x60;
+
+const MSR_CTS: u8 = 1 << 4;
+const MSR_DSR: u8 = 1 << 5;
+const MSR_RI: u8 = 1 << 6;
+const MSR_DCD: u8 = 1 << 7;
+
+/// A 16550A.
+pub struct Serial {
+    clock: Arc<dyn Clock>,
+    irq: IrqLine,
+    out: Box<dyn Write + Send>,
+    pending_out: Vec<u8>,
+    flush_at: Option<u64>,
+
+    input: VecDeque<u8>,
+    fifo: VecDeque<u8>,
+    divisor: u16,
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    /// Modem inputs in bits 7:4, their changes in 3:0.
+    msr: u8,
+    scratch: u8,
+    overrun: bool,
+    transmit_interrupt: bool,
+}
+
+impl Serial {
+    /// A UART that interrupts through `irq` and sends to `out`.
+    pub fn new(clock: Arc<dyn Clock>, irq: IrqLine, out: Box<dyn Write + Send>) -> Self {
+        Self {
+            clock,
+            irq,
+            out,
+            pending_out: Vec::with_capacity(OUTPUT_BUFFER),
+            flush_at: None,
+            input: VecDeque::new(),
+            fifo: VecDeque::with_capacity(FIFO_DEPTH),
+            divisor: 12,
+            ier: 0,
+            fcr: 0,
+            lcr: 3,
+            mcr: 0,
+            msr: MSR_CTS | MSR_DSR | MSR_DCD,
+            scratch: 0,
+            overrun: false,
+            transmit_interrupt: false,
+        }
+    }
+
+    /// Queues input for the guest; returns how many bytes were taken.
+    pub fn push_input(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(INPUT_QUEUE.saturating_sub(self.input.len()));
+        self.input.extend(bytes.iter().take(taken));
+        self.receive();
+        self.update_irq();
+        taken
+    }
+
+    /// How many bytes of input can be queued now.
+    pub fn input_space(&self) -> usize {
+        INPUT_QUEUE.saturating_sub(self.input.len())
+    }
+
+    /// Hands waiting output on. Errors of the sink lose the output: a UART has nobody to tell.
+    pub fn flush(&mut self) {
+        self.flush_at = None;
+        if self.pending_out.is_empty() {
+            return;
+        }
+        let result = self.out.write_all(&self.pending_out).and_then(|()| self.out.flush());
+        if let Err(error) = result {
+            tracing::debug!(%error, "serial output lost");
+        }
+        self.pending_out.clear();
+    }
+
+    fn fifo_depth(&self) -> usize {
+        if self.fcr & FCR_ENABLE != 0 { FIFO_DEPTH } else { 1 }
+    }
+
+    fn trigger_level(&self) -> usize {
+        match self.fcr >> 6 {
+            _ if self.fcr & FCR_ENABLE == 0 => 1,
+            0 => 1,
+            1 => 4,
+            2 => 8,
+            _ => 14,
+        }
+    }
+
+    /// Moves queued input into the FIFO while the guest is ready for it.
+    fn receive(&mut self) {
+        let ready = self.mcr & MCR_RTS != 0 || self.ier & IER_RECEIVED != 0;
+        if !ready || self.mcr & MCR_LOOP != 0 {
+            return;
+        }
+        while self.fifo.len() < self.fifo_depth()
+            && let Some(byte) = self.input.pop_front()
+        {
+            self.fifo.push_back(byte);
+        }
+    }
+
+    fn transmit(&mut self, byte: u8) {
+        if self.mcr & MCR_LOOP != 0 {
+            if self.fifo.len() < self.fifo_depth() {
+                self.fifo.push_back(byte);
+            } else {
+                self.overrun = true;
+            }
+        } else {
+            self.pending_out.push(byte);
+            if byte == b'\n' || self.pending_out.len() >= OUTPUT_BUFFER {
+                self.flush();
+            } else if self.flush_at.is_none() {
+                self.flush_at = Some(self.clock.now_ns().saturating_add(FLUSH_NS));
+            }
+        }
+        // The byte leaves at once, so the holding register is empty again.
+        self.transmit_interrupt = true;
+    }
+
+    /// The modem inputs: of the terminal, or in loopback of MCR (PC16550D §8.7).
+    fn modem_inputs(&self) -> u8 {
+        if self.mcr & MCR_LOOP == 0 {
+            return MSR_CTS | MSR_DSR | MSR_DCD;
+        }
+        let pairs = [(MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD)];
+        pairs.iter().filter(|(output, _)| self.mcr & output != 0).fold(0, |acc, (_, input)| acc | input)
+    }
+
+    /// Recomputes MSR and its delta bits; RI's delta is of its trailing edge (PC16550D §8.8).
+    fn update_modem(&mut self) {
+        let inputs = self.modem_inputs();
+        let changed = (self.msr ^ inputs) & 0xf0;
+        let mut delta = changed >> 4;
+        if inputs & MSR_RI != 0 {
+            delta &= !(MSR_RI >> 4);
+        }
+        self.msr = inputs | self.msr & 0xf | delta;
+    }
+
+    /// The highest-priority interrupt source (PC16550D Table III).
+    fn interrupt_source(&self) -> u8 {
+        if self.ier & IER_LINE != 0 && self.overrun {
+            IIR_LINE
+        } else if self.ier & IER_RECEIVED != 0 && self.fifo.len() >= self.trigger_level() {
+            IIR_RECEIVED
+        } else if self.ier & IER_RECEIVED != 0 && !self.fifo.is_empty() {
+            IIR_TIMEOUT
+        } else if self.ier & IER_TRANSMIT != 0 && self.transmit_interrupt {
+            IIR_TRANSMIT
+        } else if self.ier & IER_MODEM != 0 && self.msr & 0xf != 0 {
+            IIR_MODEM
+        } else {
+            IIR_NONE
+        }
+    }
+
+    /// On a PC, OUT2 gates the interrupt line; in loopback that output is inactive.
+    fn update_irq(&mut self) {
+        let gate = self.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2;
+        self.irq.set(gate && self.interrupt_source() != IIR_NONE);
+    }
+
+    fn read_register(&mut self, offset: u16) -> u8 {
+        let dlab = self.lcr & LCR_DLAB != 0;
+        match offset {
+            0 if dlab => self.divisor as u8,
+            1 if dlab => (self.divisor >> 8) as u8,
+            0 => {
+                let byte = self.fifo.pop_front().unwrap_or(0);
+                self.receive();
+                byte
+            }
+            1 => self.ier,
+            2 => {
+                let source = self.interrupt_source();
+                if source == IIR_TRANSMIT {
+                    self.transmit_interrupt = false;
+                }
+                source | if self.fcr & FCR_ENABLE != 0 { IIR_FIFOS } else { 0 }
+            }
+            3 => self.lcr,
+            4 => self.mcr,
+            5 => {
+                let ready = if self.fifo.is_empty() { 0 } else { LSR_DATA_READY };
+                let overrun = if std::mem::take(&mut self.overrun) { LSR_OVERRUN } else { 0 };
+                LSR_TRANSMIT_EMPTY | ready | overrun
+            }
+            6 => {
+                let value = self.msr;
+                self.msr &= 0xf0;
+                value
+            }
+            _ => self.scratch,
+        }
+    }
+
+    fn write_register(&mut self, offset: u16, value: u8) {
+        let dlab = self.lcr & LCR_DLAB != 0;
+        match offset {
+            0 if dlab => self.divisor = self.divisor & 0xff00 | u16::from(value),
+            1 if dlab => self.divisor = self.divisor & 0xff | u16::from(value) << 8,
+            0 => self.transmit(value),
+            1 => {
+                // Enabling the transmit interrupt while the holding register is empty interrupts.
+                if value & !self.ier & IER_TRANSMIT != 0 {
+                    self.transmit_interrupt = true;
+                }
+                self.ier = value & 0xf;
+            }
+            2 => self.write_fcr(value),
+            3 => self.lcr = value,
+            4 => {
+                self.mcr = value & 0x1f;
+                self.update_modem();
+            }
+            7 => self.scratch = value,
+            // LSR and MSR are for reading.
+            _ => {}
+        }
+        self.receive();
+    }
+
+    /// FIFO control: changing the enable bit, or the clear bit, empties the receive FIFO (PC16550D
+    /// §8.5).
+    fn write_fcr(&mut self, value: u8) {
+        let toggled = (value ^ self.fcr) & FCR_ENABLE != 0;
+        if toggled || value & FCR_CLEAR_RX != 0 {
+            self.fifo.clear();
+        }
+        self.fcr = if value & FCR_ENABLE != 0 { value & 0xc9 } else { 0 };
+    }
+}
+
+impl PioDevice for Serial {
+    fn read(&mut self, offset: u16, _size: u8) -> u32 {
+        let value = self.read_register(offset);
+        self.update_irq();
+        value.into()
+    }
+
+    fn write(&mut self, offset: u16, _size: u8, value: u32) {
+        self.write_register(offset, value as u8);
+        self.update_irq();
+    }
+}
+
+impl TimedDevice for Serial {
+    fn tick(&mut self, now: u64) {
+        if self.flush_at.is_some_and(|at| at <= now) {
+            self.flush();
+        }
+    }
+
+    fn next_deadline(&self) -> Option<u64> {
+        self.flush_at
+    }
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
