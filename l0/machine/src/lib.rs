@@ -1,3 +1,9 @@
-//! placeholder
+//! The PC that L1 sees: its buses and devices, ACPI tables, and the loading of
+//! images and kernels into its memory.
+
 pub mod boot;
+pub mod bus;
 pub mod image;
+pub mod pc;
+
+pub use pc::{Pc, PcConfig, PcError};

@@ -1,0 +1,471 @@
+//! The PC that L1 sees: which devices it has, where, and how they are wired.
+//!
+//! | Ports | Device |
+//! |---|---|
+//! | 0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1 | 8259 pair, ELCR |
+//! | 0x40–0x43, 0x61 | 8254, NMI status and control |
+//! | 0x60, 0x64 | 8042 |
+//! | 0x70, 0x71 | RTC and CMOS RAM |
+//! | 0x80 | POST code |
+//! | 0x92, 0xCF9 | reset |
+//! | 0x3F8–0x3FF | serial port |
+//! | 0x510, 0x511 | fw_cfg |
+//! | 0x600–0x60B | ACPI fixed hardware |
+//! | 0xE0–0xEB, 0x2000–0x2017 | test device (option) |
+//! | 0xF4–0xF7 | isa-debug-exit (option) |
+//!
+//! Not supported: PCI (configuration ports read as ones), HPET, VGA, floppy, parallel port.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use devices::debug_exit::{DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit};
+use devices::fabric::Notifier;
+use devices::fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg};
+use devices::i8042::I8042;
+use devices::ioapic::{IOAPIC_BASE, IOAPIC_SIZE};
+use devices::pit::Pit;
+use devices::pm::{PM_BASE, PM_PORTS, PowerManagement};
+use devices::reset::{Port92, PostCode, RESET_PORT, ResetControl};
+use devices::rtc::Rtc;
+use devices::serial::Serial;
+use devices::testdev::{
+    IRQ_PORT, IRQ_PORTS, LATCH_PORT, LATCH_PORTS, SCRATCH_BASE, SCRATCH_SIZE, TestIrqs, TestLatch, TestScratch,
+};
+use devices::{
+    Clock, EventSink, GpFault, Interrupts, LapicConfig, LocalApic, MachineEvent, MmioDevice, MonotonicClock,
+    PioDevice, TimedDevice, TscSource, lock,
+};
+use memory::{L1Gpa, RamLayout};
+
+use crate::bus::{MmioBus, Overlap, PioBus, PortWidth, size_mask};
+
+/// First port of the serial port.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Its interrupt line.
+pub const SERIAL_IRQ: u32 = 4;
+/// The interrupt line of ACPI events (level-triggered).
+pub const SCI_IRQ: u32 = 9;
+
+/// What a PC is made of.
+pub struct PcConfig {
+    /// RAM in bytes.
+    pub ram_bytes: u64,
+    /// Number of vCPUs, at least 1. APIC IDs are their indices.
+    pub cpus: u16,
+    /// The kernel command line that fw_cfg shows.
+    pub cmdline: String,
+    /// Whether to have isa-debug-exit at 0xF4.
+    pub debug_exit: bool,
+    /// Whether to have the test device.
+    pub testdev: bool,
+    /// Local-APIC timer input clock in hertz: what CPUID leaf 0x15 reports in ECX.
+    pub lapic_timer_hz: u64,
+    /// Width of L1's physical addresses in bits, as CPUID reports it.
+    pub max_phys_bits: u8,
+    /// Wall-clock time at power-on, nanoseconds since 1970 UTC; `None` takes the host's.
+    pub utc_ns: Option<u64>,
+    /// The machine's time; `None` takes the host's monotonic clock from now on.
+    pub clock: Option<Arc<dyn Clock>>,
+    /// Where the serial port's output goes.
+    pub console: Box<dyn Write + Send>,
+}
+
+impl Default for PcConfig {
+    /// One vCPU, 1 GiB, no test devices, output dropped.
+    fn default() -> Self {
+        Self {
+            ram_bytes: 1 << 30,
+            cpus: 1,
+            cmdline: String::new(),
+            debug_exit: false,
+            testdev: false,
+            lapic_timer_hz: 1_000_000_000,
+            max_phys_bits: 46,
+            utc_ns: None,
+            clock: None,
+            console: Box::new(std::io::sink()),
+        }
+    }
+}
+
+/// A machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PcError {
+    /// The number of vCPUs is not one that local APICs can name.
+    #[error("{0} vCPUs: must be 1 to {MAX_CPUS}")]
+    Cpus(u16),
+    /// Two devices claim the same ports or addresses.
+    #[error("device layout: {0}")]
+    Layout(#[from] Overlap),
+}
+
+/// Most vCPUs that ACPI tables and 8-bit I/O APIC destinations can name here.
+pub const MAX_CPUS: u16 = 255;
+
+/// One machine event at a time: the first that the guest caused stands until it is taken.
+#[derive(Default)]
+struct EventSlot {
+    event: Mutex<Option<MachineEvent>>,
+    interrupts: Mutex<Option<std::sync::Weak<Interrupts>>>,
+}
+
+impl EventSlot {
+    fn take(&self) -> Option<MachineEvent> {
+        lock(&self.event).take()
+    }
+}
+
+impl EventSink for EventSlot {
+    fn signal(&self, event: MachineEvent) {
+        lock(&self.event).get_or_insert(event);
+        let interrupts = lock(&self.interrupts).as_ref().and_then(std::sync::Weak::upgrade);
+        if let Some(interrupts) = interrupts {
+            interrupts.notify_all();
+        }
+    }
+}
+
+/// The 8259s' ports.
+struct PicPorts {
+    interrupts: Arc<Interrupts>,
+    base: u16,
+}
+
+impl PioDevice for PicPorts {
+    fn read(&mut self, offset: u16, _size: u8) -> u32 {
+        self.interrupts.pic_read(self.base + offset).into()
+    }
+    fn write(&mut self, offset: u16, _size: u8, value: u32) {
+        self.interrupts.pic_write(self.base + offset, value as u8);
+    }
+}
+
+/// The I/O APIC's register window: 32-bit registers, 16 bytes apart.
+struct IoApicWindow(Arc<Interrupts>);
+
+impl MmioDevice for IoApicWindow {
+    fn read(&mut self, offset: u64, _size: u8) -> u64 {
+        self.0.ioapic_read(offset & 0xff).into()
+    }
+    fn write(&mut self, offset: u64, _size: u8, value: u64) {
+        self.0.ioapic_write(offset & 0xff, value as u32);
+    }
+}
+
+/// Port 0x61, which belongs to the 8254's channel 2.
+struct Port61(Arc<Mutex<Pit>>);
+
+impl PioDevice for Port61 {
+    fn read(&mut self, _offset: u16, _size: u8) -> u32 {
+        lock(&self.0).read_port61().into()
+    }
+    fn write(&mut self, _offset: u16, _size: u8, value: u32) {
+        lock(&self.0).write_port61(value as u8);
+    }
+}
+
+/// Ports 0x60 and 0x64: one device with a gap, in which 0x61 lies.
+struct I8042Port {
+    controller: Arc<Mutex<I8042>>,
+    offset: u16,
+}
+
+impl PioDevice for I8042Port {
+    fn read(&mut self, _offset: u16, size: u8) -> u32 {
+        lock(&self.controller).read(self.offset, size)
+    }
+    fn write(&mut self, _offset: u16, size: u8, value: u32) {
+        lock(&self.controller).write(self.offset, size, value);
+    }
+}
+
+/// The machine around the vCPUs. All methods take `&self` and may be called from any
+/// thread.
+pub struct Pc {
+    clock: Arc<dyn Clock>,
+    interrupts: Arc<Interrupts>,
+    pio: PioBus,
+    mmio: MmioBus,
+    pit: Arc<Mutex<Pit>>,
+    rtc: Arc<Mutex<Rtc>>,
+    serial: Arc<Mutex<Serial>>,
+    power: Arc<Mutex<PowerManagement>>,
+    events: Arc<EventSlot>,
+    input_space: Condvar,
+    /// How many threads wait for `input_space`, so that a port access need not wake nobody.
+    input_waiters: AtomicUsize,
+}
+
+impl Pc {
+    /// Builds the machine. `tscs` gives each vCPU's TSC, in order of vCPUs; the number of
+    /// vCPUs is `config.cpus`, and a missing TSC is the last one given, or the clock itself in
+    /// nanoseconds.
+    ///
+    /// # Errors
+    /// [`PcError::Cpus`] for an impossible number of vCPUs.
+    pub fn new(config: PcConfig, tscs: &[Arc<dyn TscSource>]) -> Result<Self, PcError> {
+        if config.cpus == 0 || config.cpus > MAX_CPUS {
+            return Err(PcError::Cpus(config.cpus));
+        }
+        let clock = config.clock.unwrap_or_else(|| Arc::new(MonotonicClock::new()));
+        let default_tsc: Arc<dyn TscSource> = Arc::new(devices::ClockTsc::new(clock.clone(), 1_000_000_000));
+        let lapics = (0..config.cpus).map(|cpu| {
+            let lapic = LapicConfig {
+                id: cpu.into(),
+                bsp: cpu == 0,
+                timer_hz: config.lapic_timer_hz,
+                max_phys_bits: config.max_phys_bits,
+                x2apic: true,
+            };
+            let tsc = tscs.get(usize::from(cpu)).or(tscs.last()).unwrap_or(&default_tsc);
+            LocalApic::new(lapic, clock.clone(), tsc.clone())
+        });
+        let interrupts = Interrupts::new(lapics.collect());
+        // Firmware would leave the bootstrap processor in virtual wire mode.
+        interrupts.with_lapic(0, LocalApic::enter_virtual_wire_mode);
+
+        let events = Arc::new(EventSlot::default());
+        *lock(&events.interrupts) = Some(Arc::downgrade(&interrupts));
+        let sink: Arc<dyn EventSink> = events.clone();
+        let utc_ns = config.utc_ns.unwrap_or_else(host_utc_ns);
+        let ram = RamLayout::new(config.ram_bytes);
+        let ram_high: u64 = ram.regions.iter().skip(1).map(|r| r.len).sum();
+        let ram_low = config.ram_bytes.saturating_sub(ram_high);
+
+        let pit = Arc::new(Mutex::new(Pit::new(clock.clone(), interrupts.isa_line(0))));
+        let rtc =
+            Arc::new(Mutex::new(Rtc::new(clock.clone(), interrupts.isa_line(8), utc_ns, ram_low, ram_high)));
+        let serial =
+            Arc::new(Mutex::new(Serial::new(clock.clone(), interrupts.isa_line(SERIAL_IRQ), config.console)));
+        let power = Arc::new(Mutex::new(PowerManagement::new(
+            clock.clone(),
+            interrupts.isa_line(SCI_IRQ),
+            sink.clone(),
+        )));
+        let i8042 =
+            Arc::new(Mutex::new(I8042::new(sink.clone(), interrupts.isa_line(1), interrupts.isa_line(12))));
+
+        let mut pio = PioBus::default();
+        for base in [0x20, 0xa0, 0x4d0] {
+            pio.claim(base, 2, PortWidth::Byte, shared(PicPorts { interrupts: interrupts.clone(), base }))?;
+        }
+        pio.claim(0x40, 4, PortWidth::Byte, pit.clone())?;
+        pio.claim(0x61, 1, PortWidth::Byte, shared(Port61(pit.clone())))?;
+        for offset in [0, 4] {
+            let port = I8042Port { controller: i8042.clone(), offset };
+            pio.claim(0x60 + offset, 1, PortWidth::Byte, shared(port))?;
+        }
+        pio.claim(0x70, 2, PortWidth::Byte, rtc.clone())?;
+        pio.claim(0x80, 1, PortWidth::Byte, shared(PostCode::default()))?;
+        pio.claim(0x92, 1, PortWidth::Byte, shared(Port92::new(sink.clone())))?;
+        pio.claim(RESET_PORT, 1, PortWidth::Byte, shared(ResetControl::new(sink.clone())))?;
+        pio.claim(SERIAL_PORT, 8, PortWidth::Byte, serial.clone())?;
+        let fw_cfg = FwCfg::new(config.ram_bytes, config.cpus, &config.cmdline);
+        pio.claim(FW_CFG_PORT, FW_CFG_PORTS, PortWidth::Any, shared(fw_cfg))?;
+        pio.claim(PM_BASE, PM_PORTS, PortWidth::Any, power.clone())?;
+
+        let mut mmio = MmioBus::default();
+        mmio.claim(IOAPIC_BASE, IOAPIC_SIZE, shared(IoApicWindow(interrupts.clone())))?;
+
+        if config.debug_exit {
+            let device = DebugExit::new(sink);
+            pio.claim(DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, PortWidth::Any, shared(device))?;
+        }
+        if config.testdev {
+            let lines = (0..u32::from(IRQ_PORTS)).map(|irq| interrupts.isa_line(irq)).collect();
+            pio.claim(LATCH_PORT, LATCH_PORTS, PortWidth::Any, shared(TestLatch::default()))?;
+            pio.claim(IRQ_PORT, IRQ_PORTS, PortWidth::Any, shared(TestIrqs::new(lines)))?;
+            mmio.claim(SCRATCH_BASE, SCRATCH_SIZE, shared(TestScratch::new()))?;
+        }
+        Ok(Self {
+            clock,
+            interrupts,
+            pio,
+            mmio,
+            pit,
+            rtc,
+            serial,
+            power,
+            events,
+            input_space: Condvar::new(),
+            input_waiters: AtomicUsize::new(0),
+        })
+    }
+
+    // ---- buses --------------------------------------------------------------------------
+
+    /// IN: `size` (1, 2 or 4) bytes from `port`, zero-extended.
+    pub fn pio_read(&self, port: u16, size: u8) -> u32 {
+        let value = self.pio.read(port, size);
+        self.wake_input(port);
+        value
+    }
+
+    /// OUT: the low `size` (1, 2 or 4) bytes of `value` to `port`.
+    pub fn pio_write(&self, port: u16, size: u8, value: u32) {
+        self.pio.write(port, size, value);
+        self.wake_input(port);
+    }
+
+    /// An access to the serial port may have made space for input.
+    fn wake_input(&self, port: u16) {
+        let is_serial = (SERIAL_PORT..SERIAL_PORT + 8).contains(&port);
+        if is_serial && self.input_waiters.load(Ordering::SeqCst) != 0 {
+            self.input_space.notify_all();
+        }
+    }
+
+    /// A load by vCPU `cpu` of `size` (1, 2, 4 or 8) bytes from what is not RAM, zero-extended.
+    pub fn mmio_read(&self, cpu: usize, gpa: L1Gpa, size: u8) -> u64 {
+        match self.interrupts.lapic_mmio_read(cpu, gpa.0, size) {
+            Some(value) => value & size_mask(size),
+            None => self.mmio.read(gpa.0, size),
+        }
+    }
+
+    /// A store by vCPU `cpu` to what is not RAM.
+    pub fn mmio_write(&self, cpu: usize, gpa: L1Gpa, size: u8, value: u64) {
+        if !self.interrupts.lapic_mmio_write(cpu, gpa.0, size, value) {
+            self.mmio.write(gpa.0, size, value);
+        }
+    }
+
+    // ---- time ---------------------------------------------------------------------------
+
+    /// Nanoseconds since power-on.
+    pub fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
+    /// Does what is due at `now` in every device. The vCPU loop calls it before it looks for interrupts once
+    /// [`Self::next_deadline`] has passed.
+    pub fn tick(&self, now: u64) {
+        self.interrupts.tick(now);
+        for device in self.timed() {
+            lock(device).tick(now);
+        }
+    }
+
+    /// When [`Self::tick`] is next needed, in nanoseconds since power-on.
+    pub fn next_deadline(&self) -> Option<u64> {
+        let devices = self.timed().into_iter().filter_map(|d| lock(d).next_deadline());
+        devices.chain(self.interrupts.next_deadline()).min()
+    }
+
+    fn timed(&self) -> [&Mutex<dyn TimedDevice>; 4] {
+        [&*self.pit, &*self.rtc, &*self.serial, &*self.power]
+    }
+
+    // ---- interrupts ---------------------------------------------------------------------
+
+    /// The interrupt controllers, for what is not offered here.
+    pub fn interrupts(&self) -> &Arc<Interrupts> {
+        &self.interrupts
+    }
+
+    /// Sets who is told, by vCPU index, that a vCPU may have gained something to take (interrupt,
+    /// NMI, INIT, start-up IPI, machine event). Called from any thread, often with nothing new; must not
+    /// call back into the machine. Only the first call counts; returns whether this was it.
+    pub fn set_notifier(&self, notifier: Notifier) -> bool {
+        self.interrupts.set_notifier(notifier)
+    }
+
+    /// Whether vCPU `cpu` has a maskable interrupt to take now.
+    pub fn has_interrupt(&self, cpu: usize) -> bool {
+        self.interrupts.has_interrupt(cpu)
+    }
+
+    /// Takes that interrupt: its vector.
+    pub fn take_interrupt(&self, cpu: usize) -> Option<u8> {
+        self.interrupts.take_interrupt(cpu)
+    }
+
+    /// Whether an NMI waits for vCPU `cpu`.
+    pub fn nmi_pending(&self, cpu: usize) -> bool {
+        self.interrupts.with_lapic(cpu, |l| l.nmi_pending()).unwrap_or(false)
+    }
+
+    /// Takes that NMI.
+    pub fn take_nmi(&self, cpu: usize) -> bool {
+        self.interrupts.with_lapic(cpu, LocalApic::take_nmi).unwrap_or(false)
+    }
+
+    /// RDMSR of a local-APIC MSR ([`LocalApic::is_apic_msr`]).
+    ///
+    /// # Errors
+    /// [`GpFault`] where the access faults.
+    pub fn read_msr(&self, cpu: usize, msr: u32) -> Result<u64, GpFault> {
+        self.interrupts.read_msr(cpu, msr)
+    }
+
+    /// WRMSR of a local-APIC MSR.
+    ///
+    /// # Errors
+    /// [`GpFault`] where the access faults.
+    pub fn write_msr(&self, cpu: usize, msr: u32, value: u64) -> Result<(), GpFault> {
+        self.interrupts.write_msr(cpu, msr, value)
+    }
+
+    /// CR8 of vCPU `cpu`: TPR[7:4].
+    pub fn cr8(&self, cpu: usize) -> u8 {
+        self.interrupts.with_lapic(cpu, |l| l.cr8()).unwrap_or(0)
+    }
+
+    /// Sets CR8 of vCPU `cpu`; only the low four bits count.
+    pub fn set_cr8(&self, cpu: usize, value: u8) {
+        self.interrupts.with_lapic(cpu, |l| l.set_cr8(value & 0xf));
+    }
+
+    // ---- the outside --------------------------------------------------------------------
+
+    /// Takes what the guest asked of the machine as a whole. Output that still waits is handed on
+    /// first.
+    pub fn take_event(&self) -> Option<MachineEvent> {
+        let event = self.events.take()?;
+        self.flush_console();
+        Some(event)
+    }
+
+    /// Queues console input; returns how many bytes were taken. The rest is for another time:
+    /// see [`Self::wait_input_space`].
+    pub fn push_input(&self, bytes: &[u8]) -> usize {
+        lock(&self.serial).push_input(bytes)
+    }
+
+    /// Waits, at most `timeout`, until [`Self::push_input`] can take something. Returns whether it can.
+    pub fn wait_input_space(&self, timeout: Duration) -> bool {
+        self.input_waiters.fetch_add(1, Ordering::SeqCst);
+        let guard = lock(&self.serial);
+        let result = self.input_space.wait_timeout_while(guard, timeout, |s| s.input_space() == 0);
+        self.input_waiters.fetch_sub(1, Ordering::SeqCst);
+        let (guard, _) = result.unwrap_or_else(PoisonError::into_inner);
+        guard.input_space() > 0
+    }
+
+    /// Hands waiting console output on.
+    pub fn flush_console(&self) {
+        lock(&self.serial).flush();
+    }
+
+    /// The user presses the power button.
+    pub fn press_power_button(&self) {
+        lock(&self.power).press_power_button();
+    }
+
+    /// The user presses an NMI button.
+    pub fn press_nmi_button(&self) {
+        self.interrupts.pulse_nmi();
+    }
+}
+
+fn shared<T>(device: T) -> Arc<Mutex<T>> {
+    Arc::new(Mutex::new(device))
+}
+
+fn host_utc_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
