@@ -1,1 +1,27 @@
-//! placeholder
+//! L0 itself: what runs L1.
+//!
+//! The path of one exit: [`vcpu_loop`] enters the engine with VMCS01 ([`vmcs01`]) over EPT01
+//! ([`ept01`]), the engine exits with an SDM exit reason, [`exits`] looks up who owns the
+//! reason and calls its handler, which asks [`cpuid`], [`msr`] or the machine's devices
+//! and changes guest state; then the loop delivers what is pending and enters again.
+//!
+//! Everything is generic over the engine, and nothing is global: a [`Vm`] is shared by
+//! its vCPUs, each of which owns its VMCS01, registers and MSRs.
+//!
+//! Not supported: more than one vCPU (the structure allows it), SMM, VMX for L1.
+
+pub mod board;
+pub mod cpuid;
+pub mod ept01;
+pub mod exits;
+pub mod msr;
+pub mod report;
+pub mod stats;
+pub mod vcpu_loop;
+pub mod vm;
+pub mod vmcs01;
+
+pub use board::Board;
+pub use report::CrashReport;
+pub use vcpu_loop::{RunEnd, Start, VcpuLoop};
+pub use vm::{Vm, VmBuilder, VmConfig, VmError, VmHandle};

@@ -1,0 +1,48 @@
+//! What the vCPU loop needs of the machine: its buses, interrupts, timers and events.
+
+use devices::{Interrupts, MachineEvent};
+use engine::ExitBus;
+use memory::Gpa;
+
+/// The machine around the vCPUs.
+pub trait Board: Send + Sync {
+    /// Reads `size` (1, 2 or 4) bytes from an I/O port, zero-extended.
+    fn pio_read(&self, port: u16, size: u8) -> u32;
+    /// Writes to an I/O port.
+    fn pio_write(&self, port: u16, size: u8, value: u32);
+    /// Reads `size` (1, 2, 4 or 8) bytes of device memory as vCPU `cpu`, zero-extended.
+    fn mmio_read(&self, cpu: usize, gpa: u64, size: u8) -> u64;
+    /// Writes device memory as vCPU `cpu`.
+    fn mmio_write(&self, cpu: usize, gpa: u64, size: u8, value: u64);
+    /// The interrupt controllers.
+    fn interrupts(&self) -> &Interrupts;
+    /// Nanoseconds since power-on.
+    fn now_ns(&self) -> u64;
+    /// Lets timers expire whose time has come.
+    fn tick(&self);
+    /// When [`Self::tick`] is wanted next, in nanoseconds since power-on.
+    fn next_deadline(&self) -> Option<u64>;
+    /// Takes what the guest asked of the machine as a whole.
+    fn take_event(&self) -> Option<MachineEvent>;
+}
+
+/// The buses as one vCPU sees them.
+pub(crate) struct CpuBus<'a> {
+    pub board: &'a dyn Board,
+    pub cpu: usize,
+}
+
+impl ExitBus for CpuBus<'_> {
+    fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
+        self.board.mmio_read(self.cpu, gpa.0, size)
+    }
+    fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
+        self.board.mmio_write(self.cpu, gpa.0, size, value);
+    }
+    fn pio_read(&mut self, port: u16, size: u8) -> u32 {
+        self.board.pio_read(port, size)
+    }
+    fn pio_write(&mut self, port: u16, size: u8, value: u32) {
+        self.board.pio_write(port, size, value);
+    }
+}

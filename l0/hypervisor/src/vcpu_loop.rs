@@ -1,0 +1,419 @@
+//! The run loop of one vCPU: let devices tick, deliver what is pending, enter, dispatch the exit.
+//!
+//! One such loop runs in one thread; vCPUs share nothing but their [`Vm`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::MachineEvent;
+use engine::{Engine, EngineVmcs, GuestRegs, Vcpu, VmExit, interruptibility};
+use machine::boot::BootState;
+use x86_spec::controls::PrimaryControls;
+use x86_spec::interruption::{EventType, InterruptionInfo};
+use x86_spec::reg::rflags;
+use x86_spec::segment::seg;
+use x86_spec::{exception, exit::ExitReason};
+
+use crate::board::Board;
+use crate::cpuid;
+use crate::exits::{Outcome, route};
+use crate::msr::MsrState;
+use crate::report::{CodeBytes, CrashCause, CrashReport, bitness};
+use crate::vm::{Vm, VmError};
+use crate::vmcs01;
+
+const NS_PER_SEC: u64 = 1_000_000_000;
+/// How much code a crash report shows, in bytes.
+const CODE_BYTES: usize = 64;
+
+/// How a run ends.
+#[derive(Debug)]
+pub enum RunEnd {
+    /// The guest switched the machine off.
+    PowerOff,
+    /// The guest reset the machine.
+    Reset,
+    /// The guest wrote this to isa-debug-exit.
+    DebugExit(u32),
+    /// The guest can't go on.
+    Crash(Box<CrashReport>),
+    /// [`crate::VmHandle::stop`] was called.
+    Stopped,
+    /// L0 or the engine did what it must not.
+    Internal(String),
+}
+
+/// How a vCPU starts.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// In the state after RESET, at FFFFFFF0H.
+    Reset,
+    /// As a boot protocol says.
+    Boot(&'a BootState),
+}
+
+/// An event on its way into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PendingEvent {
+    info: InterruptionInfo,
+    error_code: u32,
+    instruction_length: u32,
+}
+
+/// One vCPU and what L0 keeps for it.
+pub struct VcpuLoop<E: Engine> {
+    pub(crate) vcpu: E::Vcpu,
+    pub(crate) vmcs: EngineVmcs,
+    pub(crate) regs: GuestRegs,
+    pub(crate) msrs: MsrState,
+    vm: Arc<Vm<E>>,
+    index: usize,
+    event: Option<PendingEvent>,
+    halted: bool,
+    /// The devices' next deadline, as long as nothing touched them.
+    deadline: Option<Option<u64>>,
+    timer_shift: u32,
+    tsc_hz: u64,
+}
+
+impl<E: Engine> VcpuLoop<E> {
+    /// vCPU `index` of `vm`, ready to start.
+    ///
+    /// # Errors
+    /// [`VmError::Control`] when the engine lacks a control that L0 needs, [`VmError::Engine`]
+    /// when it can't make a vCPU.
+    pub fn new(vm: Arc<Vm<E>>, index: usize, start: Start<'_>) -> Result<Self, VmError> {
+        let engine = vm.engine();
+        let caps = engine.capabilities();
+        let model = vm.cpuid();
+        let cr4 = vmcs01::offered_cr4(model.leaf1(), model.leaf7());
+        let controls = vmcs01::controls(caps, vm.ept01().eptp(), vm.msr_bitmap(), cr4)?;
+        let timer_shift = caps.preemption_timer_shift.into();
+        let vcpu = engine.create_vcpu()?;
+        vm.handle().set_kicker(index, vcpu.kicker());
+        let mut vmcs = EngineVmcs { controls, ..EngineVmcs::default() };
+        let mut regs = vmcs01::reset_registers(cpuid::SIGNATURE);
+        if let Start::Boot(boot) = start {
+            vmcs01::load_boot_state(&mut vmcs, &mut regs, boot);
+        }
+        let tsc = vm.tsc(index).cloned().ok_or_else(|| engine::EngineError::Unsupported {
+            engine: "chosen",
+            reason: format!("the machine has no vCPU {index}"),
+        })?;
+        vmcs.controls.tsc_offset = tsc.offset();
+        let tsc_hz = engine.tsc_frequency().max(1);
+        Ok(Self {
+            vcpu,
+            vmcs,
+            regs,
+            msrs: MsrState::new(tsc),
+            vm,
+            index,
+            event: None,
+            halted: false,
+            deadline: None,
+            timer_shift,
+            tsc_hz,
+        })
+    }
+
+    /// The machine.
+    pub fn vm(&self) -> &Arc<Vm<E>> {
+        &self.vm
+    }
+
+    pub(crate) fn board(&self) -> &dyn Board {
+        self.vm.board()
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The devices' deadlines may have changed.
+    pub(crate) fn devices_touched(&mut self) {
+        self.deadline = None;
+    }
+
+    fn ns(&self, ticks: u64) -> u64 {
+        devices::clock::mul_div(ticks, NS_PER_SEC, self.tsc_hz)
+    }
+
+    /// Runs until the machine stops.
+    pub fn run(&mut self) -> RunEnd {
+        let mut since = self.vm.engine().tsc();
+        let mut reason = None;
+        loop {
+            if let Some(end) = self.service_devices() {
+                self.account_handling(reason.take(), &mut since);
+                return end;
+            }
+            if self.halted {
+                if self.has_wake_event() {
+                    self.halted = false;
+                } else {
+                    self.account_handling(reason.take(), &mut since);
+                    self.idle(&mut since);
+                    continue;
+                }
+            }
+            self.prepare_entry();
+            if !self.vm.handle().entering(self.index) {
+                continue;
+            }
+            self.account_handling(reason.take(), &mut since);
+            let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+            self.vm.handle().left(self.index);
+            self.account_guest(&exit, &mut since);
+            reason = Some(exit.reason);
+            self.keep_interrupted_event(&exit);
+            match self.dispatch(&exit) {
+                Outcome::Resume => {}
+                Outcome::Halt => self.halted = true,
+                Outcome::End(end) => {
+                    self.account_handling(reason.take(), &mut since);
+                    return end;
+                }
+            }
+        }
+    }
+
+    /// Hands an exit to its owner.
+    pub(crate) fn dispatch(&mut self, exit: &VmExit) -> Outcome {
+        tracing::trace!(
+            reason = exit.reason.name(),
+            rip = format_args!("{:#x}", self.vmcs.guest.rip),
+            qualification = format_args!("{:#x}", exit.qualification),
+            gpa = %exit.guest_physical,
+            "exit"
+        );
+        (route::<E>(exit.reason).handler)(self, exit)
+    }
+
+    // ---- accounting ---------------------------------------------------------------------
+
+    fn lap(&self, since: &mut u64) -> u64 {
+        let now = self.vm.engine().tsc();
+        let ticks = now.wrapping_sub(*since);
+        *since = now;
+        self.ns(ticks)
+    }
+
+    fn account_handling(&self, reason: Option<ExitReason>, since: &mut u64) {
+        let ns = self.lap(since);
+        if let Some(r) = reason {
+            self.vm.handle().with_stats(self.index, |s| s.handled(r, ns));
+        }
+    }
+
+    fn account_guest(&self, exit: &VmExit, since: &mut u64) {
+        let ns = self.lap(since);
+        let rip = self.vmcs.guest.rip;
+        let handle = self.vm.handle();
+        handle.with_stats(self.index, |s| s.exited(exit, rip, ns));
+        handle.set_instructions(self.index, self.vcpu.instructions());
+    }
+
+    // ---- between exits ------------------------------------------------------------------
+
+    /// Lets due timers expire and looks for what ends the run.
+    fn service_devices(&mut self) -> Option<RunEnd> {
+        let vm = self.vm.clone();
+        vm.handle().clear_request(self.index);
+        let board = vm.board();
+        let now = board.now_ns();
+        let due = match self.deadline {
+            Some(d) => d.is_some_and(|d| d <= now),
+            None => true,
+        };
+        if due {
+            board.tick();
+            self.deadline = None;
+            // What the tick raised is looked at below; no need to be told of it again.
+            vm.handle().clear_request(self.index);
+        }
+        if vm.handle().is_stopping() {
+            return Some(RunEnd::Stopped);
+        }
+        if let Some(event) = board.take_event() {
+            return Some(match event {
+                MachineEvent::PowerOff => RunEnd::PowerOff,
+                MachineEvent::Reset => RunEnd::Reset,
+                MachineEvent::DebugExit(status) => RunEnd::DebugExit(status),
+            });
+        }
+        self.take_init()
+    }
+
+    /// INIT sends the bootstrap processor to the reset vector (SDM Vol. 3A §9.1), where there is no
+    /// firmware: the machine is reset.
+    fn take_init(&mut self) -> Option<RunEnd> {
+        let init = self.board().interrupts().with_lapic(self.index, |l| {
+            let init = l.init_or_sipi_pending() && l.take_init();
+            // Not waiting for a SIPI: it is dropped (§9.4.4).
+            l.take_sipi();
+            init
+        });
+        (init == Some(true)).then_some(RunEnd::Reset)
+    }
+
+    fn next_deadline(&mut self) -> Option<u64> {
+        match self.deadline {
+            Some(d) => d,
+            None => {
+                let d = self.board().next_deadline();
+                self.deadline = Some(d);
+                d
+            }
+        }
+    }
+
+    /// Waits after HLT for an interrupt or a deadline.
+    fn idle(&mut self, since: &mut u64) {
+        let limit =
+            self.next_deadline().map(|d| Duration::from_nanos(d.saturating_sub(self.board().now_ns())));
+        if limit.is_none_or(|l| !l.is_zero()) {
+            self.vm.handle().wait(self.index, limit);
+        }
+        // Whoever notified may have changed a device.
+        self.deadline = None;
+        let ns = self.lap(since);
+        self.vm.handle().with_stats(self.index, |s| s.idled(ns));
+    }
+
+    /// Whether something ends HLT (SDM Vol. 2A, HLT): an NMI, or an interrupt that is enabled.
+    fn has_wake_event(&self) -> bool {
+        let g = &self.vmcs.guest;
+        let interrupts = self.board().interrupts();
+        let nmi = g.interruptibility & interruptibility::NMI == 0
+            && interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        nmi || self.event.is_some() || g.rflags & rflags::IF != 0 && interrupts.has_interrupt(self.index)
+    }
+
+    // ---- events -------------------------------------------------------------------------
+
+    /// An exit during the delivery of an event must not lose it (SDM Vol. 3C §28.2.4): it is
+    /// delivered again at the next entry.
+    fn keep_interrupted_event(&mut self, exit: &VmExit) {
+        let info = exit.idt_vectoring;
+        if !info.is_valid() {
+            return;
+        }
+        if info.event_type() == EventType::Nmi {
+            // NMIs were blocked by its delivery, which starts anew (§27.7.1.2).
+            self.vmcs.guest.interruptibility &= !interruptibility::NMI;
+        }
+        self.event = Some(PendingEvent {
+            info: InterruptionInfo(info.0 & !InterruptionInfo::NMI_UNBLOCKING),
+            error_code: exit.idt_vectoring_error_code,
+            instruction_length: exit.instruction_length,
+        });
+    }
+
+    /// Has the guest take an exception at the instruction that exited.
+    pub(crate) fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) {
+        // Real mode pushes no error codes (SDM Vol. 3C §27.2.1.3: the deliver-error-code bit
+        // is 1 only with CR0.PE).
+        let error_code = error_code.filter(|_| self.vmcs.guest.cr0 & x86_spec::reg::cr0::PE != 0);
+        debug_assert!(error_code.is_none() || exception::has_error_code(vector));
+        self.event = Some(PendingEvent {
+            info: InterruptionInfo::new(vector, EventType::HardwareException, error_code.is_some()),
+            error_code: error_code.unwrap_or(0),
+            instruction_length: 0,
+        });
+    }
+
+    /// Fills in what changes from entry to entry: the event to inject, window controls, the
+    /// preemption timer, "IA-32e mode guest".
+    fn prepare_entry(&mut self) {
+        vmcs01::sync_long_mode(&mut self.vmcs);
+        if !self.vmcs.controls.entry_interruption.is_valid() {
+            self.choose_event();
+        }
+        self.request_windows();
+        self.vmcs.guest.preemption_timer = self.timer_ticks();
+    }
+
+    /// At most one event goes in at an entry: one that was interrupted or raised by L0, else an
+    /// NMI, else an interrupt (priorities: SDM Vol. 3A table 6-2).
+    fn choose_event(&mut self) {
+        if let Some(e) = self.event.take() {
+            let c = &mut self.vmcs.controls;
+            c.entry_interruption = e.info;
+            c.entry_error_code = e.error_code;
+            c.entry_instruction_length = e.instruction_length;
+            return;
+        }
+        let g = &self.vmcs.guest;
+        let blocked = |bits: u32| g.interruptibility & bits != 0;
+        let shadow = interruptibility::STI | interruptibility::MOV_SS;
+        let vm = self.vm.clone();
+        let interrupts = vm.board().interrupts();
+        if !blocked(shadow | interruptibility::NMI)
+            && interrupts.with_lapic(self.index, |l| l.take_nmi()) == Some(true)
+        {
+            self.vmcs.controls.entry_interruption =
+                InterruptionInfo::new(exception::NMI, EventType::Nmi, false);
+        } else if !blocked(shadow)
+            && g.rflags & rflags::IF != 0
+            && interrupts.has_interrupt(self.index)
+            && let Some(vector) = interrupts.take_interrupt(self.index)
+        {
+            self.vmcs.controls.entry_interruption = InterruptionInfo::new(vector, EventType::External, false);
+        }
+    }
+
+    /// Asks for an exit as soon as L1 can take what still waits.
+    fn request_windows(&mut self) {
+        let interrupts = self.board().interrupts();
+        let interrupt = interrupts.has_interrupt(self.index);
+        let nmi = interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        let primary = &mut self.vmcs.controls.primary;
+        primary.set(PrimaryControls::INTERRUPT_WINDOW_EXITING, interrupt);
+        primary.set(PrimaryControls::NMI_WINDOW_EXITING, nmi);
+    }
+
+    /// Time to the next deadline in ticks of the preemption timer (SDM Vol. 3C §26.5.1), rounded
+    /// up so that the deadline has come when it expires.
+    fn timer_ticks(&mut self) -> u32 {
+        let Some(deadline) = self.next_deadline() else { return u32::MAX };
+        let ns = deadline.saturating_sub(self.board().now_ns());
+        let tsc = devices::clock::mul_div_up(ns, self.tsc_hz, NS_PER_SEC);
+        let ticks = (tsc >> self.timer_shift).saturating_add(u64::from(self.timer_shift > 0));
+        u32::try_from(ticks).unwrap_or(u32::MAX)
+    }
+
+    // ---- reports ------------------------------------------------------------------------
+
+    pub(crate) fn crash(&mut self, cause: CrashCause) -> Outcome {
+        Outcome::End(RunEnd::Crash(Box::new(self.report(cause))))
+    }
+
+    /// Everything about the vCPU now, for a report.
+    pub fn report(&mut self, cause: CrashCause) -> CrashReport {
+        CrashReport {
+            cause,
+            guest: self.vmcs.guest.clone(),
+            regs: self.regs.clone(),
+            exits: self.vm.handle().with_stats(self.index, |s| s.last_exits()).unwrap_or_default(),
+            code: self.code_at_rip(),
+        }
+    }
+
+    fn code_at_rip(&mut self) -> CodeBytes {
+        let g = &self.vmcs.guest;
+        let bits = bitness(g);
+        let linear =
+            if bits == 64 { g.rip } else { g.segments[seg::CS].base.wrapping_add(g.rip) & 0xffff_ffff };
+        let mut bytes = Vec::with_capacity(CODE_BYTES);
+        for at in 0..CODE_BYTES as u64 {
+            let gpa = self.vcpu.translate(&self.vmcs, &self.regs, linear.wrapping_add(at));
+            let mut b = [0];
+            match gpa.map(|g| self.vm.ram().read(g.into(), &mut b)) {
+                Some(Ok(())) => bytes.push(b[0]),
+                _ => break,
+            }
+        }
+        CodeBytes { linear, bytes, bitness: bits }
+    }
+}

@@ -1,0 +1,316 @@
+//! A virtual machine: what its vCPUs share, and the handle for other threads.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use devices::clock::{NS_PER_SEC, mul_div};
+use devices::{Clock, TscSource};
+use engine::{Engine, EngineError, Kick};
+use memory::{L1Ram, MachineAddr, MachineMemory, MemoryError, PAGE_SIZE, PagePool, RamLayout};
+
+use crate::board::Board;
+use crate::cpuid::CpuidModel;
+use crate::ept01::Ept01;
+use crate::msr::GuestTsc;
+use crate::stats::{ExitStats, StatsSummary};
+use crate::vmcs01::{self, MissingControl};
+
+/// Pages of L0's pool besides those that EPT01 may need.
+const POOL_RESERVE: u64 = 4096;
+
+/// What a machine is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// RAM in bytes; rounded up to whole pages.
+    pub ram: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+}
+
+impl VmConfig {
+    fn ram_pages(&self) -> u64 {
+        self.ram.div_ceil(PAGE_SIZE)
+    }
+    /// EPT01 needs at most one table for 512 pages, plus the upper levels.
+    fn pool_pages(&self) -> u64 {
+        self.ram_pages() / 512 + POOL_RESERVE
+    }
+    /// Bytes of machine memory that the machine needs: L1's RAM from 0, L0's pool
+    /// after it. `None` past 2^63.
+    pub fn machine_memory(&self) -> Option<u64> {
+        let pages = self.ram_pages().checked_add(self.pool_pages())?;
+        pages.checked_mul(PAGE_SIZE).filter(|b| *b <= i64::MAX as u64)
+    }
+}
+
+/// Why a machine can't be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The engine is not able enough.
+    #[error(transparent)]
+    Control(#[from] MissingControl),
+}
+
+/// Time as the engine counts it, so that devices and the guest's TSC agree.
+struct EngineClock {
+    tsc: Box<dyn Fn() -> u64 + Send + Sync>,
+    start: u64,
+    hz: u64,
+}
+
+impl Clock for EngineClock {
+    fn now_ns(&self) -> u64 {
+        mul_div((self.tsc)().wrapping_sub(self.start), NS_PER_SEC, self.hz)
+    }
+}
+
+/// A machine without its devices: what they need to be made.
+pub struct VmBuilder<E: Engine> {
+    engine: Arc<E>,
+    memory: Arc<MachineMemory>,
+    ram: L1Ram,
+    pool: PagePool,
+    ept01: Ept01,
+    msr_bitmap: MachineAddr,
+    cpuid: CpuidModel,
+    clock: Arc<dyn Clock>,
+    tscs: Vec<Arc<GuestTsc>>,
+}
+
+impl<E: Engine + 'static> VmBuilder<E> {
+    /// Lays out machine memory, builds EPT01 and the MSR bitmap, decides on CPUID.
+    ///
+    /// # Errors
+    /// [`VmError::Memory`] when `memory` is smaller than [`VmConfig::machine_memory`].
+    pub fn new(engine: Arc<E>, memory: Arc<MachineMemory>, config: VmConfig) -> Result<Self, VmError> {
+        let ram_bytes = config.ram_pages() * PAGE_SIZE;
+        let ram = L1Ram::new(memory.clone(), RamLayout::new(ram_bytes))?;
+        let pool = PagePool::new(memory.clone(), MachineAddr(ram_bytes), config.pool_pages())?;
+        let ept01 = Ept01::build(&memory, &pool, ram.regions(), engine.capabilities().ept_vpid)?;
+        let msr_bitmap = pool.alloc()?;
+        vmcs01::write_msr_bitmap(&memory, msr_bitmap)?;
+        let hz = engine.tsc_frequency().max(1);
+        let cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
+        let now = |e: &Arc<E>| {
+            let e = e.clone();
+            move || e.tsc()
+        };
+        let clock = Arc::new(EngineClock { tsc: Box::new(now(&engine)), start: engine.tsc(), hz });
+        let tscs = (0..config.cpus.max(1)).map(|_| GuestTsc::new(now(&engine), hz)).collect();
+        Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs })
+    }
+
+    /// L1's RAM.
+    pub fn ram(&self) -> &L1Ram {
+        &self.ram
+    }
+    /// Time for devices.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.clock.clone()
+    }
+    /// The TSCs of all vCPUs, for their local APICs.
+    pub fn tscs(&self) -> Vec<Arc<dyn TscSource>> {
+        self.tscs.iter().map(|t| t.clone() as Arc<dyn TscSource>).collect()
+    }
+    /// What CPUID shows.
+    pub fn cpuid(&self) -> &CpuidModel {
+        &self.cpuid
+    }
+
+    /// The machine with its devices.
+    pub fn build(self, board: Arc<dyn Board>) -> Arc<Vm<E>> {
+        let handle = VmHandle::new(self.tscs.len());
+        let for_notifier = handle.clone();
+        if !board.interrupts().set_notifier(Box::new(move |cpu| for_notifier.notify(cpu))) {
+            tracing::warn!("the interrupt controllers report to someone else already");
+        }
+        Arc::new(Vm { base: self, board, handle })
+    }
+}
+
+/// What all vCPUs share.
+pub struct Vm<E: Engine> {
+    base: VmBuilder<E>,
+    board: Arc<dyn Board>,
+    handle: VmHandle,
+}
+
+impl<E: Engine> Vm<E> {
+    /// The engine.
+    pub fn engine(&self) -> &Arc<E> {
+        &self.base.engine
+    }
+    /// Machine memory.
+    pub fn memory(&self) -> &Arc<MachineMemory> {
+        &self.base.memory
+    }
+    /// L1's RAM.
+    pub fn ram(&self) -> &L1Ram {
+        &self.base.ram
+    }
+    /// L0's own pages.
+    pub fn pool(&self) -> &PagePool {
+        &self.base.pool
+    }
+    /// EPT01.
+    pub fn ept01(&self) -> &Ept01 {
+        &self.base.ept01
+    }
+    /// The page of L1's MSR bitmap.
+    pub fn msr_bitmap(&self) -> MachineAddr {
+        self.base.msr_bitmap
+    }
+    /// What CPUID shows.
+    pub fn cpuid(&self) -> &CpuidModel {
+        &self.base.cpuid
+    }
+    /// The TSC of vCPU `cpu`.
+    pub fn tsc(&self, cpu: usize) -> Option<&Arc<GuestTsc>> {
+        self.base.tscs.get(cpu)
+    }
+    /// The devices.
+    pub fn board(&self) -> &dyn Board {
+        self.board.as_ref()
+    }
+    /// The handle for other threads.
+    pub fn handle(&self) -> &VmHandle {
+        &self.handle
+    }
+}
+
+/// Locks `m`; a panic of another holder does not spread, as each holder leaves the data whole.
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How other threads reach one vCPU.
+#[derive(Default)]
+struct CpuSignal {
+    /// Something may have changed since the vCPU last looked.
+    request: AtomicBool,
+    /// The vCPU is in the guest or about to enter it.
+    in_guest: AtomicBool,
+    kicker: OnceLock<Arc<dyn Kick>>,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    stats: Mutex<ExitStats>,
+    instructions: AtomicU64,
+}
+
+struct Shared {
+    cpus: Vec<CpuSignal>,
+    stop: AtomicBool,
+}
+
+/// Lets other threads wake, stop and watch a machine.
+#[derive(Clone)]
+pub struct VmHandle(Arc<Shared>);
+
+impl VmHandle {
+    fn new(cpus: usize) -> Self {
+        let cpus = (0..cpus).map(|_| CpuSignal::default()).collect();
+        Self(Arc::new(Shared { cpus, stop: AtomicBool::new(false) }))
+    }
+
+    /// Tells vCPU `cpu` to look at its interrupts and devices again: it leaves the guest or
+    /// stops waiting.
+    pub fn notify(&self, cpu: usize) {
+        let Some(c) = self.0.cpus.get(cpu) else { return };
+        // A vCPU says that it enters before it looks at `request` for the last time, so one
+        // of the two sees the other.
+        if c.request.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        if c.in_guest.load(Ordering::SeqCst) {
+            if let Some(k) = c.kicker.get() {
+                k.kick();
+            }
+        } else {
+            drop(lock(&c.sleep));
+            c.wake.notify_one();
+        }
+    }
+
+    /// Tells every vCPU to look again.
+    pub fn notify_all(&self) {
+        (0..self.0.cpus.len()).for_each(|cpu| self.notify(cpu));
+    }
+
+    /// Makes all vCPUs return [`crate::RunEnd::Stopped`] soon.
+    pub fn stop(&self) {
+        self.0.stop.store(true, Ordering::SeqCst);
+        self.notify_all();
+    }
+
+    /// Whether [`Self::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.0.stop.load(Ordering::SeqCst)
+    }
+
+    /// Exit statistics of vCPU `cpu` so far.
+    pub fn stats(&self, cpu: usize) -> Option<StatsSummary> {
+        let c = self.0.cpus.get(cpu)?;
+        Some(lock(&c.stats).summary(c.instructions.load(Ordering::Relaxed)))
+    }
+
+    pub(crate) fn set_kicker(&self, cpu: usize, kicker: Arc<dyn Kick>) {
+        if let Some(c) = self.0.cpus.get(cpu) {
+            // A vCPU is made once; a second kicker would be for a vCPU that replaced it.
+            let _ = c.kicker.set(kicker);
+        }
+    }
+
+    /// Forgets requests; what caused them is looked at after this.
+    pub(crate) fn clear_request(&self, cpu: usize) {
+        if let Some(c) = self.0.cpus.get(cpu) {
+            c.request.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Says that vCPU `cpu` is about to enter the guest. `false` when it must look again
+    /// first; then it counts as outside.
+    pub(crate) fn entering(&self, cpu: usize) -> bool {
+        let Some(c) = self.0.cpus.get(cpu) else { return true };
+        c.in_guest.store(true, Ordering::SeqCst);
+        let go = !c.request.load(Ordering::SeqCst);
+        if !go {
+            c.in_guest.store(false, Ordering::SeqCst);
+        }
+        go
+    }
+
+    /// Says that vCPU `cpu` left the guest.
+    pub(crate) fn left(&self, cpu: usize) {
+        if let Some(c) = self.0.cpus.get(cpu) {
+            c.in_guest.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits until someone notifies vCPU `cpu`, or for `limit`.
+    pub(crate) fn wait(&self, cpu: usize, limit: Option<Duration>) {
+        let Some(c) = self.0.cpus.get(cpu) else { return };
+        let quiet = |_: &mut ()| !c.request.load(Ordering::SeqCst);
+        let guard = lock(&c.sleep);
+        match limit {
+            Some(limit) => drop(c.wake.wait_timeout_while(guard, limit, quiet)),
+            None => drop(c.wake.wait_while(guard, quiet)),
+        }
+    }
+
+    pub(crate) fn with_stats<R>(&self, cpu: usize, f: impl FnOnce(&mut ExitStats) -> R) -> Option<R> {
+        self.0.cpus.get(cpu).map(|c| f(&mut lock(&c.stats)))
+    }
+
+    pub(crate) fn set_instructions(&self, cpu: usize, instructions: u64) {
+        if let Some(c) = self.0.cpus.get(cpu) {
+            c.instructions.store(instructions, Ordering::Relaxed);
+        }
+    }
+}
