@@ -159,11 +159,8 @@ impl IoApic {
         };
         let entry = &mut self.entries[pin];
         let value = u64::from(value);
-        let wanted = if high {
-            *entry & 0xffff_ffff | value << 32
-        } else {
-            *entry & 0xffff_ffff_0000_0000 | value
-        };
+        let wanted =
+            if high { *entry & 0xffff_ffff | value << 32 } else { *entry & 0xffff_ffff_0000_0000 | value };
         *entry = wanted & RTE_WRITABLE | *entry & RTE_REMOTE_IRR;
         // Remote IRR has no meaning for edge-triggered pins; switching to edge clears it, and
         // system software relies on that to end an interrupt (82093AA §3.2.4).

@@ -557,7 +557,11 @@ impl LocalApic {
             return false;
         }
         self.irr.set(vector);
-        if level { self.tmr.set(vector) } else { self.tmr.clear(vector) }
+        if level {
+            self.tmr.set(vector)
+        } else {
+            self.tmr.clear(vector)
+        }
         true
     }
 

@@ -33,13 +33,8 @@ const STS_POWER_BUTTON: u16 = 1 << 8;
 const STS_SLEEP_BUTTON: u16 = 1 << 9;
 const STS_RTC: u16 = 1 << 10;
 const STS_WAKE: u16 = 1 << 15;
-const STS_ALL: u16 = STS_TIMER
-    | STS_BUS_MASTER
-    | STS_GLOBAL
-    | STS_POWER_BUTTON
-    | STS_SLEEP_BUTTON
-    | STS_RTC
-    | STS_WAKE;
+const STS_ALL: u16 =
+    STS_TIMER | STS_BUS_MASTER | STS_GLOBAL | STS_POWER_BUTTON | STS_SLEEP_BUTTON | STS_RTC | STS_WAKE;
 /// Enable bits that exist: timer, global lock, power button, sleep button, RTC.
 const EN_ALL: u16 = STS_TIMER | STS_GLOBAL | STS_POWER_BUTTON | STS_SLEEP_BUTTON | STS_RTC;
 
@@ -115,8 +110,7 @@ impl PioDevice for PowerManagement {
             return (self.timer() as u32) >> (u32::from(offset - PM_TIMER) * 8 & 31);
         }
         self.update_carry();
-        (0..u16::from(size.min(4)))
-            .fold(0, |acc, i| acc | u32::from(self.read_byte(offset + i)) << (i * 8))
+        (0..u16::from(size.min(4))).fold(0, |acc, i| acc | u32::from(self.read_byte(offset + i)) << (i * 8))
     }
 
     /// Status bits are cleared by writing ones. A byte-wide write touches that byte alone.

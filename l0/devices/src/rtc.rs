@@ -111,16 +111,8 @@ impl Rtc {
     /// GiB in bytes for firmware's bytes of the CMOS RAM.
     pub fn new(clock: Arc<dyn Clock>, irq: IrqLine, utc_ns: u64, ram_low: u64, ram_high: u64) -> Self {
         let base_ns = utc_ns.wrapping_sub(clock.now_ns());
-        let mut rtc = Self {
-            clock,
-            irq,
-            base_ns,
-            index: 0,
-            ram: [0; 128],
-            flags: 0,
-            stopped: None,
-            seen_ns: utc_ns,
-        };
+        let mut rtc =
+            Self { clock, irq, base_ns, index: 0, ram: [0; 128], flags: 0, stopped: None, seen_ns: utc_ns };
         // 32.768 kHz time base, 1024 Hz; 24-hour BCD.
         rtc.ram[usize::from(REG_A)] = 0x26;
         rtc.ram[usize::from(REG_B)] = B_24_HOURS;
@@ -271,7 +263,9 @@ impl Rtc {
             REG_MONTH => self.encode(fields.month),
             REG_YEAR => self.encode(fields.year),
             REG_CENTURY => self.encode(fields.century),
-            REG_A => self.byte(REG_A) & 0x7f | if self.update_in_progress() { A_UPDATE_IN_PROGRESS } else { 0 },
+            REG_A => {
+                self.byte(REG_A) & 0x7f | if self.update_in_progress() { A_UPDATE_IN_PROGRESS } else { 0 }
+            }
             REG_C => {
                 let irq = if self.irq_active() { C_IRQ } else { 0 };
                 irq | std::mem::take(&mut self.flags)
@@ -396,7 +390,8 @@ impl TimedDevice for Rtc {
             .period_ns()
             .filter(|_| enabled & FLAG_PERIODIC != 0)
             .map(|period| (self.seen_ns / period + 1).saturating_mul(period));
-        let update = (running && enabled & FLAG_UPDATE != 0).then(|| (seconds + 1).saturating_mul(NS_PER_SEC));
+        let update =
+            (running && enabled & FLAG_UPDATE != 0).then(|| (seconds + 1).saturating_mul(NS_PER_SEC));
         let alarm = Some(seconds)
             .filter(|_| running && enabled & FLAG_ALARM != 0)
             .and_then(|s| self.next_alarm(s))

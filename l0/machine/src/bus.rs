@@ -81,8 +81,7 @@ impl PioBus {
         if size == 1 || range.width == PortWidth::Any {
             return lock(&range.device).read(port - range.first, size) & mask;
         }
-        (0..u16::from(size.min(4)))
-            .fold(0, |acc, i| acc | self.read_byte(port.wrapping_add(i)) << (i * 8))
+        (0..u16::from(size.min(4))).fold(0, |acc, i| acc | self.read_byte(port.wrapping_add(i)) << (i * 8))
     }
 
     /// Writes the low `size` (1, 2 or 4) bytes of `value` to `port`.

@@ -32,7 +32,8 @@ use devices::reset::{Port92, PostCode, RESET_PORT, ResetControl};
 use devices::rtc::Rtc;
 use devices::serial::Serial;
 use devices::testdev::{
-    IRQ_PORT, IRQ_PORTS, LATCH_PORT, LATCH_PORTS, SCRATCH_BASE, SCRATCH_SIZE, TestIrqs, TestLatch, TestScratch,
+    IRQ_PORT, IRQ_PORTS, LATCH_PORT, LATCH_PORTS, SCRATCH_BASE, SCRATCH_SIZE, TestIrqs, TestLatch,
+    TestScratch,
 };
 use devices::{
     Clock, EventSink, GpFault, Interrupts, LapicConfig, LocalApic, MachineEvent, MmioDevice, MonotonicClock,
