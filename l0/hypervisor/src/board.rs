@@ -2,7 +2,7 @@
 
 use devices::{Interrupts, MachineEvent};
 use engine::ExitBus;
-use memory::Gpa;
+use memory::{Gpa, L1Gpa};
 
 /// The machine around the vCPUs.
 pub trait Board: Send + Sync {
@@ -44,5 +44,35 @@ impl ExitBus for CpuBus<'_> {
     }
     fn pio_write(&mut self, port: u16, size: u8, value: u32) {
         self.board.pio_write(port, size, value);
+    }
+}
+
+impl Board for machine::Pc {
+    fn pio_read(&self, port: u16, size: u8) -> u32 {
+        self.pio_read(port, size)
+    }
+    fn pio_write(&self, port: u16, size: u8, value: u32) {
+        self.pio_write(port, size, value);
+    }
+    fn mmio_read(&self, cpu: usize, gpa: u64, size: u8) -> u64 {
+        self.mmio_read(cpu, L1Gpa(gpa), size)
+    }
+    fn mmio_write(&self, cpu: usize, gpa: u64, size: u8, value: u64) {
+        self.mmio_write(cpu, L1Gpa(gpa), size, value);
+    }
+    fn interrupts(&self) -> &Interrupts {
+        self.interrupts()
+    }
+    fn now_ns(&self) -> u64 {
+        self.now_ns()
+    }
+    fn tick(&self) {
+        self.tick(self.now_ns());
+    }
+    fn next_deadline(&self) -> Option<u64> {
+        self.next_deadline()
+    }
+    fn take_event(&self) -> Option<MachineEvent> {
+        self.take_event()
     }
 }

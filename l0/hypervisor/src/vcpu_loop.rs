@@ -219,7 +219,10 @@ impl<E: Engine> VcpuLoop<E> {
     /// Lets due timers expire and looks for what ends the run.
     fn service_devices(&mut self) -> Option<RunEnd> {
         let vm = self.vm.clone();
-        vm.handle().clear_request(self.index);
+        if vm.handle().take_request(self.index) {
+            // Whoever asks may have changed a device.
+            self.deadline = None;
+        }
         let board = vm.board();
         let now = board.now_ns();
         let due = match self.deadline {
@@ -230,7 +233,7 @@ impl<E: Engine> VcpuLoop<E> {
             board.tick();
             self.deadline = None;
             // What the tick raised is looked at below; no need to be told of it again.
-            vm.handle().clear_request(self.index);
+            vm.handle().take_request(self.index);
         }
         if vm.handle().is_stopping() {
             return Some(RunEnd::Stopped);

@@ -267,11 +267,9 @@ impl VmHandle {
         }
     }
 
-    /// Forgets requests; what caused them is looked at after this.
-    pub(crate) fn clear_request(&self, cpu: usize) {
-        if let Some(c) = self.0.cpus.get(cpu) {
-            c.request.store(false, Ordering::SeqCst);
-        }
+    /// Whether someone notified; forgets it, as what caused it is looked at after this.
+    pub(crate) fn take_request(&self, cpu: usize) -> bool {
+        self.0.cpus.get(cpu).is_some_and(|c| c.request.swap(false, Ordering::SeqCst))
     }
 
     /// Says that vCPU `cpu` is about to enter the guest. `false` when it must look again
