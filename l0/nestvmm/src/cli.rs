@@ -1,0 +1,221 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::status;
+
+/// Smallest RAM that a PC kernel can be expected to start in.
+pub const MIN_MEMORY: u64 = 64 << 20;
+
+/// Runs x86-64 kernels and hypervisors on any x86-64 Linux host, with or without /dev/kvm.
+#[derive(Debug, Parser)]
+#[command(name = "nestvmm", version, about, after_help = status::HELP, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a disk image or a kernel
+    Run(Box<RunArgs>),
+    /// Say what this host offers and which engine would be used
+    Doctor(DoctorArgs),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = status::HELP)]
+pub struct RunArgs {
+    /// What to boot: a disk image (GPT with an EFI system partition that has a Boot Loader
+    /// Specification entry), a bzImage, a unified kernel image, an ELF with a PVH note, or a multiboot 1
+    /// kernel
+    #[arg(required_unless_present = "kernel")]
+    pub image: Option<PathBuf>,
+    /// Kernel to boot, instead of the image's
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initrd, instead of the image's
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, instead of the image's [default for a bzImage without an image: console=ttyS0]
+    #[arg(long, value_name = "STRING")]
+    pub append: Option<String>,
+    /// Module for a multiboot or PVH kernel: a file, then, after a space, its arguments; may be
+    /// repeated
+    #[arg(long = "module", value_name = "FILE[ ARGS]")]
+    pub modules: Vec<String>,
+    /// Boot entry of the image to use, by name or pattern
+    #[arg(long, value_name = "NAME")]
+    pub entry: Option<String>,
+    /// How a Linux kernel is entered
+    #[arg(long, value_enum, default_value_t = EntryPoint::Auto)]
+    pub entry_point: EntryPoint,
+    /// RAM, with suffix K, M, G or T; a plain number is MiB
+    #[arg(short, long, value_name = "SIZE", default_value = "1G")]
+    pub memory: MemorySize,
+    /// What executes the guest's instructions; auto takes the fastest that works here
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub engine: EngineChoice,
+    /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
+    /// socket that is listened on) or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub console: ConsoleTarget,
+    /// Print exit statistics at the end and on SIGUSR1
+    #[arg(long)]
+    pub exit_stats: bool,
+    /// Write a log to FILE
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// What the log holds, in tracing's filter syntax; "trace" logs every VM exit
+    #[arg(long, value_name = "FILTER", default_value = "debug", requires = "trace")]
+    pub trace_filter: String,
+    /// Add an isa-debug-exit device at port 0xf4: a guest's write ends the run with its status
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// Add a pc-testdev device (ports 0xe0 and 0x2000, memory at 0xff000000)
+    #[arg(long)]
+    pub testdev: bool,
+    /// When the guest crashes (triple fault and the like)
+    #[arg(long, value_enum, default_value_t = OnCrash::Report)]
+    pub on_crash: OnCrash,
+    /// When the guest resets the machine
+    #[arg(long, value_enum, default_value_t = OnReset::Reboot)]
+    pub on_reset: OnReset,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--engine`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// The software CPU.
+    Soft,
+    /// Whichever is best here.
+    Auto,
+}
+
+/// `--entry-point`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EntryPoint {
+    /// The unpacked kernel's 64-bit entry, else PVH, else its own decompressor.
+    Auto,
+    /// PVH.
+    Pvh,
+    /// The decompressor inside the bzImage.
+    Decompressor,
+}
+
+/// `--on-crash`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnCrash {
+    /// Print registers, last exits and disassembly, and end.
+    Report,
+    /// Reset the machine, as hardware does.
+    Reset,
+}
+
+/// `--on-reset`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnReset {
+    /// Boot again.
+    Reboot,
+    /// End.
+    Exit,
+}
+
+/// `--console`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleTarget {
+    /// Standard input and output.
+    Stdio,
+    /// A file, for output.
+    File(PathBuf),
+    /// A socket to listen on.
+    Unix(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl FromStr for ConsoleTarget {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.split_once(':') {
+            None if s == "stdio" => Ok(Self::Stdio),
+            None if s == "none" => Ok(Self::None),
+            Some(("file", p)) if !p.is_empty() => Ok(Self::File(p.into())),
+            Some(("unix", p)) if !p.is_empty() => Ok(Self::Unix(p.into())),
+            _ => Err("give stdio, file:PATH, unix:PATH or none".into()),
+        }
+    }
+}
+
+/// `--memory`: bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySize(pub u64);
+
+impl FromStr for MemorySize {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let digits = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+        let (number, suffix) = s.split_at(digits);
+        let shift = match suffix.to_ascii_uppercase().as_str() {
+            "K" | "KIB" => 10,
+            "" | "M" | "MIB" => 20,
+            "G" | "GIB" => 30,
+            "T" | "TIB" => 40,
+            _ => return Err("give a number with suffix K, M, G or T, for example 2G".into()),
+        };
+        let bytes = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(1 << shift))
+            .ok_or("give a number with suffix K, M, G or T, for example 2G")?;
+        if bytes < MIN_MEMORY {
+            return Err(format!("too little: at least {} MiB are needed", MIN_MEMORY >> 20));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parser_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn memory_sizes() {
+        let ok = |s: &str| s.parse::<MemorySize>().map(|m| m.0).ok();
+        assert_eq!(ok("64M"), Some(64 << 20));
+        assert_eq!(ok("512"), Some(512 << 20));
+        assert_eq!(ok("6GiB"), Some(6 << 30));
+        assert_eq!(ok("65536k"), Some(64 << 20));
+        for bad in ["63M", "", "G", "-1G", "1.5G", "99999999999T", "1X", "18446744073709551616"] {
+            assert_eq!(ok(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        assert_eq!("file:a:b".parse(), Ok(ConsoleTarget::File("a:b".into())));
+        assert_eq!("none".parse(), Ok(ConsoleTarget::None));
+        assert!("file:".parse::<ConsoleTarget>().is_err());
+        assert!("tcp:1".parse::<ConsoleTarget>().is_err());
+    }
+}

@@ -1,0 +1,251 @@
+//! `nestvmm doctor`: what this host offers, and which engine would be used.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::Engine;
+use engine_soft::SoftEngine;
+use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig};
+use kvm_ioctls::{Cap, Kvm};
+use machine::boot::{BootGprs, BootState, BootTable};
+use machine::{Pc, PcConfig};
+use memory::{L1Gpa, MachineMemory};
+use serde::Serialize;
+
+use crate::cli::DoctorArgs;
+use crate::status::Failure;
+
+/// Everything that `doctor` finds out.
+#[derive(Debug, Serialize)]
+struct Report {
+    cpu: CpuReport,
+    kvm: KvmReport,
+    engines: Vec<EngineReport>,
+    chosen: Choice,
+}
+
+#[derive(Debug, Serialize)]
+struct CpuReport {
+    vendor: String,
+    model: String,
+    /// Hardware virtualization that the processor shows: vmx, svm or nothing.
+    virtualization: Option<&'static str>,
+    /// This host is itself a virtual machine.
+    virtual_machine: bool,
+    /// Features that the software engine uses where they are.
+    features: Vec<Feature>,
+}
+
+#[derive(Debug, Serialize)]
+struct Feature {
+    name: &'static str,
+    present: bool,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+enum KvmReport {
+    Absent,
+    NotOpenable { reason: String },
+    Present { api_version: i32, kind: String, capabilities: Vec<Feature>, speed: &'static str },
+}
+
+#[derive(Debug, Serialize)]
+struct EngineReport {
+    name: &'static str,
+    usable: bool,
+    detail: String,
+    /// Measured: guest instructions a second in a small loop.
+    instructions_per_second: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice {
+    engine: &'static str,
+    why: &'static str,
+}
+
+/// Prints what this host offers.
+///
+/// # Errors
+/// When the report can't be printed.
+pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
+    let cpu = cpu_report();
+    let kvm = kvm_report(&cpu);
+    let report = Report {
+        kvm,
+        cpu,
+        engines: vec![soft_report()],
+        chosen: Choice {
+            engine: "soft",
+            why: "the software engine runs on every x86-64 host; this version has no engine that uses \
+                  /dev/kvm",
+        },
+    };
+    if args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(Failure::internal)?;
+        println!("{text}");
+    } else {
+        print_report(&report);
+    }
+    Ok(())
+}
+
+fn print_report(r: &Report) {
+    let features = |list: &[Feature]| {
+        let marked = |f: &Feature| format!("{}{}", if f.present { "" } else { "no " }, f.name);
+        list.iter().map(marked).collect::<Vec<_>>().join(", ")
+    };
+    println!("Processor   {} ({})", r.cpu.model, r.cpu.vendor);
+    println!("            hardware virtualization: {}", r.cpu.virtualization.unwrap_or("none visible"));
+    println!(
+        "            this host is {}",
+        if r.cpu.virtual_machine { "a virtual machine" } else { "bare metal" }
+    );
+    println!("            {}", features(&r.cpu.features));
+    match &r.kvm {
+        KvmReport::Absent => println!("KVM         no /dev/kvm"),
+        KvmReport::NotOpenable { reason } => println!("KVM         /dev/kvm can't be opened: {reason}"),
+        KvmReport::Present { api_version, kind, capabilities, speed } => {
+            println!("KVM         /dev/kvm, API version {api_version}, {kind}");
+            println!("            {}", features(capabilities));
+            println!("            speed: {speed}");
+        }
+    }
+    for e in &r.engines {
+        let usable = if e.usable { "usable" } else { "not usable" };
+        println!("Engine      {}: {usable}; {}", e.name, e.detail);
+        if let Some(speed) = e.instructions_per_second {
+            println!("            {} million guest instructions a second in a small loop", speed / 1_000_000);
+        }
+    }
+    println!("Chosen      {}: {}", r.chosen.engine, r.chosen.why);
+}
+
+fn cpu_report() -> CpuReport {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        info.lines()
+            .find_map(|l| l.split_once(':').filter(|(k, _)| k.trim() == name))
+            .map(|(_, v)| v.trim().to_owned())
+    };
+    let flags = field("flags").unwrap_or_default();
+    let has = |name: &str| flags.split_whitespace().any(|f| f == name);
+    let names = [
+        "sse3",
+        "ssse3",
+        "sse4_1",
+        "sse4_2",
+        "popcnt",
+        "aes",
+        "pclmulqdq",
+        "sha_ni",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "bmi1",
+        "bmi2",
+        "movbe",
+        "rdrand",
+        "rdseed",
+        "cx16",
+        "xsave",
+        "erms",
+    ];
+    // Linux shows SSE3 as pni.
+    let present = |name: &'static str| has(if name == "sse3" { "pni" } else { name });
+    CpuReport {
+        vendor: field("vendor_id").unwrap_or_else(|| "unknown vendor".into()),
+        model: field("model name").unwrap_or_else(|| "unknown model".into()),
+        virtualization: if has("vmx") {
+            Some("vmx")
+        } else if has("svm") {
+            Some("svm")
+        } else {
+            None
+        },
+        virtual_machine: has("hypervisor"),
+        features: names.iter().map(|n| Feature { name: n, present: present(n) }).collect(),
+    }
+}
+
+fn kvm_report(cpu: &CpuReport) -> KvmReport {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return KvmReport::Absent;
+    }
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(e) => return KvmReport::NotOpenable { reason: std::io::Error::from(e).to_string() },
+    };
+    let kind = match cpu.virtualization {
+        Some("vmx") => "on Intel VMX",
+        Some(_) => "on AMD SVM",
+        None => "without VMX or SVM (a software KVM such as PVM)",
+    };
+    let caps = [
+        ("user memory", Cap::UserMemory),
+        ("set-tss-addr", Cap::SetTssAddr),
+        ("nested state", Cap::NestedState),
+        ("user-space MSRs", Cap::X86UserSpaceMsr),
+        ("MSR filter", Cap::X86MsrFilter),
+        ("guest debug", Cap::SetGuestDebug),
+        ("sync regs", Cap::SyncRegs),
+        ("xsave", Cap::Xsave),
+        ("tsc control", Cap::TscControl),
+    ];
+    KvmReport::Present {
+        api_version: kvm.get_api_version(),
+        kind: kind.into(),
+        capabilities: caps
+            .into_iter()
+            .map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) })
+            .collect(),
+        speed: "not measured (this version has no engine that uses it)",
+    }
+}
+
+fn soft_report() -> EngineReport {
+    let report =
+        |usable, detail, speed| EngineReport { name: "soft", usable, detail, instructions_per_second: speed };
+    match measure_soft() {
+        Ok((mhz, speed)) => report(true, format!("guest TSC at {mhz} MHz"), Some(speed)),
+        Err(why) => report(false, why, None),
+    }
+}
+
+/// Where the loop is put.
+const CODE_AT: u64 = 0x10_0000;
+/// 32-bit code: 20 million times `dec ecx; jnz`, then a write to isa-debug-exit.
+const LOOP: [u8; 12] = [0xb9, 0x00, 0x2d, 0x31, 0x01, 0x49, 0x75, 0xfd, 0xb0, 0x00, 0xe6, 0xf4];
+
+/// The engine's TSC frequency in MHz, and its instructions a second in a small loop.
+fn measure_soft() -> Result<(u64, u64), String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let config = VmConfig { ram: 4 << 20, cpus: 1 };
+    let size = config.machine_memory().ok_or("no memory size")?;
+    let memory = Arc::new(MachineMemory::new(size).map_err(|e| text(&e))?);
+    let engine = Arc::new(SoftEngine::new(memory.clone()).map_err(|e| text(&e))?);
+    let mhz = engine.tsc_frequency() / 1_000_000;
+    let builder = VmBuilder::new(engine, memory, config).map_err(|e| text(&e))?;
+    let pc_config = PcConfig {
+        ram_bytes: config.ram,
+        debug_exit: true,
+        clock: Some(builder.clock()),
+        ..PcConfig::default()
+    };
+    let pc = Pc::new(pc_config, &builder.tscs()).map_err(|e| text(&e))?;
+    builder.ram().write(L1Gpa(CODE_AT), &LOOP).map_err(|e| text(&e))?;
+    let state = BootState::protected32(CODE_AT as u32, BootGprs::default(), (8, 16), BootTable::default());
+    let vm = builder.build(Arc::new(pc));
+    let mut vcpu = VcpuLoop::new(vm.clone(), 0, Start::Boot(&state)).map_err(|e| text(&e))?;
+    let start = Instant::now();
+    match vcpu.run() {
+        RunEnd::DebugExit(_) => {}
+        other => return Err(format!("the test loop ended with {other:?}")),
+    }
+    let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
+    let instructions = vm.handle().stats(0).map_or(0, |s| s.instructions);
+    let speed = u128::from(instructions) * 1_000_000_000 / u128::from(ns);
+    Ok((mhz, u64::try_from(speed).unwrap_or(u64::MAX)))
+}

@@ -1,0 +1,249 @@
+//! `nestvmm run`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use engine::Engine;
+use engine_soft::SoftEngine;
+use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
+use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
+use machine::{Pc, PcConfig, acpi, image};
+use memory::MachineMemory;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{ConsoleTarget, EntryPoint, OnCrash, OnReset, RunArgs};
+use crate::console::{Console, Output};
+use crate::crash;
+use crate::session::{Running, Session};
+use crate::status::{self, Failure};
+use crate::terminal::RawMode;
+
+/// Number of vCPUs.
+const CPUS: u16 = 1;
+/// Stack of a vCPU's thread in bytes.
+const VCPU_STACK: usize = 16 << 20;
+
+/// Runs a guest until it ends; the exit status.
+///
+/// # Errors
+/// [`Failure`] with the status to end with.
+pub fn run(args: &RunArgs) -> Result<u8, Failure> {
+    start_log(args)?;
+    check_host_memory(args.memory.0)?;
+    let files = BootFiles::load(args)?;
+    let mut console = Console::open(&args.console)?;
+    let session = Arc::new(Session::default());
+    session.start_signals()?;
+    let raw = match args.console {
+        ConsoleTarget::Stdio => RawMode::enter()
+            .map_err(|e| Failure::host(format!("the terminal can't be put into raw mode: {e}")))?,
+        _ => None,
+    };
+    console.start_input(&session)?;
+    let result = run_machines(args, &files, &console.output, &session);
+    drop(raw);
+    if args.exit_stats {
+        session.print_stats();
+    }
+    match result? {
+        End::Status(s) => Ok(s),
+        End::Crash(text) => Err(Failure::new(status::GUEST_CRASH, text)),
+    }
+}
+
+/// How a run ends.
+enum End {
+    Status(u8),
+    Crash(String),
+}
+
+/// Boots, and boots again after each reset.
+fn run_machines(
+    args: &RunArgs,
+    files: &BootFiles,
+    output: &Output,
+    session: &Arc<Session>,
+) -> Result<End, Failure> {
+    loop {
+        let end = boot_once(SoftEngine::new, args, files, output, session)?;
+        match end {
+            RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
+            RunEnd::DebugExit(status) => return Ok(End::Status(status as u8)),
+            RunEnd::Stopped => return Ok(End::Status(session.ending().unwrap_or(status::INTERNAL))),
+            RunEnd::Internal(what) => {
+                return Err(Failure::internal(format!("internal error: {what}; please report this")));
+            }
+            RunEnd::Crash(report) if args.on_crash == OnCrash::Report => {
+                return Ok(End::Crash(crash::render(&report)));
+            }
+            RunEnd::Crash(report) => tracing::warn!("the guest crashed: {}", report.cause),
+            RunEnd::Reset => {}
+        }
+        if args.on_reset == OnReset::Exit {
+            return Ok(End::Status(status::GUEST_RESET));
+        }
+        tracing::info!("the machine is reset");
+    }
+}
+
+/// From power-on to the end of one machine.
+fn boot_once<E: Engine + 'static>(
+    new_engine: impl FnOnce(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
+    args: &RunArgs,
+    files: &BootFiles,
+    output: &Output,
+    session: &Arc<Session>,
+) -> Result<RunEnd, Failure> {
+    let config = VmConfig { ram: args.memory.0, cpus: CPUS.into() };
+    let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
+    let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);
+    let engine = Arc::new(new_engine(memory.clone()).map_err(Failure::host)?);
+    let builder = VmBuilder::new(engine, memory, config).map_err(vm_failure)?;
+
+    let command_line = files.command_line.as_deref();
+    let pc_config = PcConfig {
+        ram_bytes: builder.ram().size(),
+        cpus: CPUS,
+        cmdline: command_line.unwrap_or_default().to_owned(),
+        debug_exit: args.debug_exit,
+        testdev: args.testdev,
+        lapic_timer_hz: builder.cpuid().crystal().hz.into(),
+        max_phys_bits: hypervisor::cpuid::PHYSICAL_BITS,
+        utc_ns: None,
+        clock: Some(builder.clock()),
+        console: Box::new(output.clone()),
+    };
+    let pc = Arc::new(Pc::new(pc_config, &builder.tscs()).map_err(Failure::internal)?);
+    let tables = acpi::build(CPUS).map_err(Failure::internal)?;
+    let request = BootRequest {
+        kernel: &files.kernel,
+        initrd: files.initrd.as_ref(),
+        modules: &files.modules,
+        command_line,
+        acpi: &tables.blobs,
+        rsdp: tables.rsdp,
+        entry: files.entry,
+    };
+    let loaded = boot::load(builder.ram(), &request).map_err(Failure::input)?;
+    for notice in &loaded.notices {
+        tracing::warn!("{notice}");
+    }
+    tracing::info!("{} by {}", files.kernel.name, loaded.protocol);
+
+    let vm = builder.build(pc.clone());
+    let handle = vm.handle().clone();
+    let mut vcpu = VcpuLoop::new(vm, 0, Start::Boot(&loaded.state)).map_err(vm_failure)?;
+    session.set_running(Running { pc, handle });
+    let thread = std::thread::Builder::new()
+        .name("vcpu0".into())
+        .stack_size(VCPU_STACK)
+        .spawn(move || vcpu.run())
+        .map_err(|e| Failure::host(format!("can't start the vCPU's thread: {e}")))?;
+    thread
+        .join()
+        .map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
+}
+
+fn vm_failure(e: VmError) -> Failure {
+    match e {
+        VmError::Memory(_) | VmError::Engine(_) => Failure::host(e),
+        VmError::Control(_) => Failure::internal(e),
+    }
+}
+
+/// What is to be booted.
+struct BootFiles {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+    modules: Vec<BootModule>,
+    command_line: Option<String>,
+    entry: BootEntry,
+}
+
+impl BootFiles {
+    /// Reads the files; options override what an image says.
+    fn load(args: &RunArgs) -> Result<Self, Failure> {
+        let limit = args.memory.0;
+        let read = |path: &Path| image::read_file(path, limit).map_err(Failure::input);
+        let image = match &args.image {
+            Some(path) => Some(image::open(path, args.entry.as_deref(), limit).map_err(Failure::input)?),
+            None => None,
+        };
+        let (kernel, initrd, options) = match image {
+            Some(source) => (Some(source.kernel), source.initrd, source.options),
+            None => (None, None, None),
+        };
+        let kernel = match (&args.kernel, kernel) {
+            (Some(path), _) => read(path)?,
+            (None, Some(kernel)) => kernel,
+            (None, None) => return Err(Failure::usage("give an IMAGE or --kernel FILE")),
+        };
+        let initrd = match &args.initrd {
+            Some(path) => Some(read(path)?),
+            None => initrd,
+        };
+        let default = boot::is_bzimage(&kernel.data).then(|| "console=ttyS0".to_owned());
+        let modules = args.modules.iter().map(|m| read_module(m, &read)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            kernel,
+            initrd,
+            modules,
+            command_line: args.append.clone().or(options).or(default),
+            entry: match args.entry_point {
+                EntryPoint::Auto => BootEntry::Auto,
+                EntryPoint::Pvh => BootEntry::Pvh,
+                EntryPoint::Decompressor => BootEntry::Decompressor,
+            },
+        })
+    }
+}
+
+/// A `--module`: a file, a space, arguments.
+fn read_module(
+    option: &str,
+    read: &impl Fn(&Path) -> Result<BootFile, Failure>,
+) -> Result<BootModule, Failure> {
+    let (path, arguments) = option.split_once(' ').unwrap_or((option, ""));
+    Ok(BootModule { file: read(Path::new(path))?, command_line: arguments.to_owned() })
+}
+
+/// RAM that is larger than the host's can only end badly.
+fn check_host_memory(bytes: u64) -> Result<(), Failure> {
+    let info = rustix::system::sysinfo();
+    #[allow(clippy::useless_conversion, reason = "the type differs between C libraries")]
+    let host = u64::from(info.totalram).saturating_mul(info.mem_unit.into());
+    if bytes > host {
+        return Err(Failure::host(format!(
+            "--memory: {} MiB is more than this host's {} MiB; ask for less",
+            bytes >> 20,
+            host >> 20
+        )));
+    }
+    Ok(())
+}
+
+/// Warnings go to standard error, or everything that the filter lets through to `--trace`'s file.
+fn start_log(args: &RunArgs) -> Result<(), Failure> {
+    let started = match &args.trace {
+        None => tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::WARN)
+            .with_writer(io::stderr)
+            .without_time()
+            .with_target(false)
+            .try_init(),
+        Some(path) => {
+            let file = File::create(path)
+                .map_err(|e| Failure::input(format!("--trace {}: can't be written: {e}", path.display())))?;
+            let filter = EnvFilter::try_new(&args.trace_filter)
+                .map_err(|e| Failure::usage(format!("--trace-filter {}: {e}", args.trace_filter)))?;
+            tracing_subscriber::fmt()
+                .with_env_filter(filter)
+                .with_ansi(false)
+                .with_writer(Arc::new(file))
+                .try_init()
+        }
+    };
+    started.map_err(|e| Failure::internal(format!("can't start the log: {e}")))
+}

@@ -1,0 +1,129 @@
+//! What the threads of a run share: the machine that runs now, and the wish to end.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hypervisor::VmHandle;
+use machine::Pc;
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+use crate::status::{self, Failure};
+use crate::terminal::{self, Escape, KEYS};
+
+/// The machine that runs now; a reboot makes a new one.
+#[derive(Clone)]
+pub struct Running {
+    /// Its devices.
+    pub pc: Arc<Pc>,
+    /// Its vCPUs.
+    pub handle: VmHandle,
+}
+
+/// A run.
+#[derive(Default)]
+pub struct Session {
+    running: Mutex<Option<Running>>,
+    ending: Mutex<Option<u8>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    /// Says which machine runs now. One that is to end at once is told so.
+    pub fn set_running(&self, running: Running) {
+        let handle = running.handle.clone();
+        *lock(&self.running) = Some(running);
+        if self.ending().is_some() {
+            handle.stop();
+        }
+    }
+
+    /// The status to end with, if the user or a signal asked for the end.
+    pub fn ending(&self) -> Option<u8> {
+        *lock(&self.ending)
+    }
+
+    fn running(&self) -> Option<Running> {
+        lock(&self.running).clone()
+    }
+
+    /// Ends the run with `status`; the first wish counts.
+    pub fn end(&self, status: u8) {
+        lock(&self.ending).get_or_insert(status);
+        if let Some(r) = self.running() {
+            r.handle.stop();
+        }
+    }
+
+    /// Gives console input to the guest, waiting while its buffer is full.
+    pub fn push_input(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && self.ending().is_none() {
+            let Some(r) = self.running() else {
+                // Between two boots; what is typed now is lost, as on hardware.
+                return;
+            };
+            let taken = r.pc.push_input(bytes);
+            bytes = bytes.get(taken..).unwrap_or_default();
+            if !bytes.is_empty() {
+                r.pc.wait_input_space(Duration::from_millis(100));
+            }
+        }
+    }
+
+    /// Does what an escape key asks for.
+    pub fn escape(&self, escape: Escape) {
+        match escape {
+            Escape::Quit => self.end(status::USER_QUIT),
+            Escape::Help => eprint!("{KEYS}"),
+            Escape::PowerButton => {
+                if let Some(r) = self.running() {
+                    r.pc.press_power_button();
+                    r.handle.notify_all();
+                }
+            }
+            Escape::Stats => self.print_stats(),
+        }
+    }
+
+    /// Prints exit statistics of the machine that runs now.
+    pub fn print_stats(&self) {
+        if let Some(stats) = self.running().and_then(|r| r.handle.stats(0)) {
+            eprint!("\n{stats}");
+        }
+    }
+
+    /// Starts the thread that waits for signals.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn start_signals(self: &Arc<Self>) -> Result<(), Failure> {
+        let refuse = |e: std::io::Error| Failure::host(format!("can't handle signals: {e}"));
+        let list = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGTSTP, SIGCONT];
+        let mut signals = Signals::new(list).map_err(refuse)?;
+        let session = self.clone();
+        let body = move || signals.forever().for_each(|s| session.signal(s));
+        std::thread::Builder::new().name("signals".into()).spawn(body).map(|_| ()).map_err(refuse)
+    }
+
+    fn signal(&self, signal: i32) {
+        match signal {
+            SIGUSR1 => self.print_stats(),
+            SIGCONT => terminal::resume(),
+            SIGTSTP => {
+                terminal::restore();
+                if let Err(e) = signal_hook::low_level::emulate_default_handler(SIGTSTP) {
+                    tracing::warn!("can't stop: {e}");
+                }
+            }
+            _ if self.ending().is_some() => {
+                // A second one: do not wait for the guest any longer.
+                terminal::restore();
+                std::process::exit(status::signalled(signal).into());
+            }
+            _ => self.end(status::signalled(signal)),
+        }
+    }
+}
