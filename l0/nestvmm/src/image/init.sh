@@ -5,7 +5,9 @@
 
 export PATH=/sbin:/usr/sbin:/bin:/usr/bin HOME=/root SHELL=/bin/sh ENV=/etc/profile
 
-mount -t proc -o nosuid,nodev,noexec proc /proc
+/bin/busybox mount -t proc -o nosuid,nodev,noexec proc /proc
+# Links that were not made when the image was built.
+[ -e /bin/mount ] || /bin/busybox --install -s /bin
 mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
 mount -t devtmpfs -o nosuid,mode=0755 devtmpfs /dev
 mkdir -p /dev/pts /dev/shm

@@ -1,0 +1,103 @@
+//! The root file system of the demonstration L1, as an initramfs.
+
+use std::io::Write;
+
+use super::cpio::Cpio;
+use super::kmod::Resolved;
+
+/// The first process.
+const INIT: &str = include_str!("init.sh");
+/// What interactive shells read first.
+const PROFILE: &str = "PS1='\\h:\\w\\$ '\n";
+
+/// How the initrd is packed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InitrdCompression {
+    /// Not at all: the least work for a slow CPU.
+    #[default]
+    None,
+    /// gzip.
+    Gzip,
+    /// LZ4 in its legacy frame, the one that Linux takes.
+    Lz4,
+}
+
+/// What goes into the initrd.
+#[derive(Debug)]
+pub(super) struct Contents<'a> {
+    /// Kernel release, the name of the modules' directory.
+    pub release: &'a str,
+    /// Kernel modules.
+    pub modules: &'a Resolved,
+    /// The busybox program.
+    pub busybox: &'a [u8],
+    /// Names of its applets; empty if they are not known, and linked at boot.
+    pub applets: &'a [String],
+    /// The nestvmm program.
+    pub nestvmm: Option<&'a [u8]>,
+    /// More files: path, permissions and contents.
+    pub extra: &'a [(String, u32, Vec<u8>)],
+}
+
+/// Makes the cpio archive.
+pub(super) fn archive(contents: &Contents<'_>) -> Vec<u8> {
+    let mut c = Cpio::default();
+    for dir in [
+        "bin",
+        "dev",
+        "etc",
+        "lib/modules",
+        "proc",
+        "root",
+        "run",
+        "sbin",
+        "sys",
+        "tmp",
+        "usr/bin",
+        "usr/sbin",
+    ] {
+        c.dir(dir);
+    }
+    // The kernel opens it for the first process before anything is mounted.
+    c.char_device("dev/console", 0o600, 5, 1);
+    c.file("init", 0o755, INIT.as_bytes());
+    c.file("bin/busybox", 0o755, contents.busybox);
+    c.symlink("bin/sh", "busybox");
+    for applet in contents.applets.iter().filter(|a| !matches!(a.as_str(), "sh" | "busybox" | "nestvmm")) {
+        c.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    if let Some(nestvmm) = contents.nestvmm {
+        c.file("bin/nestvmm", 0o755, nestvmm);
+    }
+    c.file("etc/profile", 0o644, PROFILE.as_bytes());
+    c.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    c.file("etc/group", 0o644, b"root:x:0:\ntty:x:5:\n");
+    c.file("etc/hostname", 0o644, b"l1\n");
+    let base = format!("lib/modules/{}", contents.release);
+    for module in contents.modules.modules.values() {
+        c.file(&format!("{base}/{}", module.path), 0o644, &module.data);
+    }
+    c.file(&format!("{base}/modules.dep"), 0o644, contents.modules.modules_dep().as_bytes());
+    for (path, mode, data) in contents.extra {
+        c.file(path.trim_start_matches('/'), *mode, data);
+    }
+    c.finish()
+}
+
+/// Packs an archive.
+pub(super) fn pack(archive: Vec<u8>, how: InitrdCompression) -> std::io::Result<Vec<u8>> {
+    match how {
+        InitrdCompression::None => Ok(archive),
+        InitrdCompression::Gzip => {
+            let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            out.write_all(&archive)?;
+            out.finish()
+        }
+        InitrdCompression::Lz4 => {
+            let info = lz4_flex::frame::FrameInfo::new().legacy_frame(true);
+            let mut out = lz4_flex::frame::FrameEncoder::with_frame_info(info, Vec::new());
+            out.write_all(&archive)?;
+            out.finish().map_err(std::io::Error::other)
+        }
+    }
+}

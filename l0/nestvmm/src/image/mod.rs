@@ -1,0 +1,436 @@
+//! `nestvmm image`: building the demonstration L1 as a disk image, and showing what is in
+//! an image.
+//!
+//! Not supported: root file systems beside the initrd, signatures (Secure Boot), kernels
+//! for anything but x86-64.
+
+mod apt;
+mod cpio;
+mod deb;
+mod disk;
+mod error;
+mod initrd;
+mod inspect;
+mod kmod;
+mod progress;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use machine::boot::{self, BootFile};
+
+pub use error::ImageError;
+pub use initrd::InitrdCompression;
+pub use inspect::{Inspection, inspect};
+
+use apt::{Apt, mebibytes};
+use kmod::{ModulesDir, PackedModules, Resolved};
+
+/// The package that a kernel comes from unless another is asked for.
+pub const DEFAULT_KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+/// The kernel's command line unless another is asked for: messages below warnings stay in
+/// the kernel's log.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 loglevel=4";
+/// The package that busybox comes from.
+const BUSYBOX_PACKAGE: &str = "busybox-static";
+/// The modules that an L1 needs to be a hypervisor.
+const KVM_MODULES: [&str; 4] = ["kvm", "kvm_intel", "kvm_amd", "irqbypass"];
+/// Largest input file, in bytes.
+const FILE_MAX: u64 = 1 << 30;
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct BuildOptions {
+    /// The image file to write.
+    pub output: PathBuf,
+    /// Replace the image if there is one.
+    pub force: bool,
+    /// Package to take the kernel and its modules from.
+    pub kernel_package: String,
+    /// A kernel file to take instead of a package.
+    pub kernel_file: Option<PathBuf>,
+    /// The kernel file's modules (`/lib/modules/VERSION`).
+    pub modules_dir: Option<PathBuf>,
+    /// Modules to take in addition to KVM's.
+    pub modules: Vec<String>,
+    /// A statically linked busybox to take instead of the package's.
+    pub busybox: Option<PathBuf>,
+    /// A statically linked nestvmm; `None` looks for one.
+    pub nestvmm: Option<PathBuf>,
+    /// More files for the initrd: host file and path in L1.
+    pub files: Vec<(PathBuf, String)>,
+    /// Kernel command line.
+    pub command_line: String,
+    /// How the initrd is packed.
+    pub compression: InitrdCompression,
+}
+
+impl BuildOptions {
+    /// The defaults for image `output`.
+    pub fn new(output: impl Into<PathBuf>) -> Self {
+        Self {
+            output: output.into(),
+            force: false,
+            kernel_package: DEFAULT_KERNEL_PACKAGE.into(),
+            kernel_file: None,
+            modules_dir: None,
+            modules: Vec::new(),
+            busybox: None,
+            nestvmm: None,
+            files: Vec::new(),
+            command_line: DEFAULT_COMMAND_LINE.into(),
+            compression: InitrdCompression::None,
+        }
+    }
+}
+
+/// What was built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuildReport {
+    /// The image.
+    pub output: PathBuf,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Release of the kernel in it (`uname -r`).
+    pub kernel_release: String,
+    /// Where the kernel came from.
+    pub kernel_source: String,
+    /// Names of its modules.
+    pub modules: Vec<String>,
+    /// Size of the initrd in bytes.
+    pub initrd_size: u64,
+    /// Whether nestvmm itself is in it.
+    pub has_nestvmm: bool,
+    /// What the user should know.
+    pub notices: Vec<String>,
+}
+
+impl fmt::Display for BuildReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} ({})", self.output.display(), mebibytes(self.size))?;
+        writeln!(f, "  kernel   {} from {}", self.kernel_release, self.kernel_source)?;
+        let modules = if self.modules.is_empty() { "none".into() } else { self.modules.join(", ") };
+        writeln!(f, "  modules  {modules}")?;
+        writeln!(f, "  initrd   {}", mebibytes(self.initrd_size))?;
+        write!(f, "  nestvmm  {}", if self.has_nestvmm { "/bin/nestvmm" } else { "none" })?;
+        for n in &self.notices {
+            write!(f, "\nnote: {n}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A kernel and its modules.
+struct Kernel {
+    file: BootFile,
+    release: String,
+    source: String,
+    modules: Resolved,
+}
+
+/// Builds an image. Progress goes to standard error.
+///
+/// # Errors
+/// [`ImageError`]; the image file is only written when everything else is done.
+pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
+    check_output(&options)?;
+    if options.modules_dir.is_some() && options.kernel_file.is_none() {
+        return Err(ImageError::BadOption(
+            "--modules-dir goes with --kernel-file: a package brings its own modules".into(),
+        ));
+    }
+    let mut notices = Vec::new();
+    // Files are looked at before anything is downloaded: their errors come at once.
+    let (nestvmm, notice) = find_nestvmm(options.nestvmm.as_deref())?;
+    notices.extend(notice);
+    let mut extra = Vec::new();
+    for (from, to) in &options.files {
+        extra.push(extra_file(from, to)?);
+    }
+    let own_busybox = match &options.busybox {
+        Some(path) => Some(static_program(path, "--busybox")?),
+        None => None,
+    };
+    let cache = Cache::open()?;
+    let kernel = match &options.kernel_file {
+        Some(path) => kernel_from_file(path, &options)?,
+        None => kernel_from_package(cache.path(), &options)?,
+    };
+    for name in &options.modules {
+        if !kernel.modules.modules.contains_key(&name.replace('-', "_")) {
+            return Err(ImageError::BadOption(format!("kernel {} has no module {name}", kernel.release)));
+        }
+    }
+    notices.extend(module_notice(&kernel));
+    let busybox = match own_busybox {
+        Some(b) => b,
+        None => busybox_from_package(cache.path())?,
+    };
+    let applets = list_applets(&busybox);
+
+    let archive = initrd::archive(&initrd::Contents {
+        release: &kernel.release,
+        modules: &kernel.modules,
+        busybox: &busybox.data,
+        applets: &applets,
+        nestvmm: nestvmm.as_ref().map(|n| n.data.as_slice()),
+        extra: &extra,
+    });
+    let write = |source| ImageError::Write { path: options.output.clone(), source };
+    let initrd = initrd::pack(archive, options.compression).map_err(write)?;
+    let size = write_image(&options, &kernel, &initrd).map_err(write)?;
+    Ok(BuildReport {
+        output: options.output.clone(),
+        size,
+        kernel_release: kernel.release,
+        kernel_source: kernel.source,
+        modules: kernel.modules.modules.into_keys().collect(),
+        initrd_size: initrd.len() as u64,
+        has_nestvmm: nestvmm.is_some(),
+        notices,
+    })
+}
+
+fn check_output(options: &BuildOptions) -> Result<(), ImageError> {
+    let path = &options.output;
+    match std::fs::symlink_metadata(path) {
+        Ok(m) if m.is_file() && options.force => Ok(()),
+        Ok(m) if m.is_file() => Err(ImageError::Exists { path: path.clone() }),
+        Ok(_) => {
+            let source = std::io::Error::other("there is something that is not a file");
+            Err(ImageError::Write { path: path.clone(), source })
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(ImageError::Write { path: path.clone(), source }),
+    }
+}
+
+fn write_image(options: &BuildOptions, kernel: &Kernel, initrd: &[u8]) -> std::io::Result<u64> {
+    let base = format!("nestvmm/{}", kernel.release);
+    let entry = format!(
+        "title nestvmm demonstration L1 (Linux {release})\nversion {release}\nsort-key nestvmm\narchitecture x64\n\
+         linux /{base}/linux\ninitrd /{base}/initrd\noptions {options}\n",
+        release = kernel.release,
+        options = options.command_line,
+    );
+    let loader = "default nestvmm.conf\ntimeout 0\n";
+    let files = [
+        ("loader/loader.conf".to_owned(), loader.as_bytes()),
+        ("loader/entries/nestvmm.conf".to_owned(), entry.as_bytes()),
+        (format!("{base}/linux"), kernel.file.data.as_slice()),
+        (format!("{base}/initrd"), initrd),
+    ];
+    disk::write(&options.output, &files)
+}
+
+fn module_notice(kernel: &Kernel) -> Option<String> {
+    if kernel.modules.missing.is_empty() {
+        return None;
+    }
+    let missing = kernel.modules.missing.join(", ");
+    Some(format!("no module file for {missing}: L1 has {missing} only if the kernel has it built in"))
+}
+
+/// The kernel's release: the first word of the version string in its header.
+fn kernel_release(file: &BootFile) -> Result<String, ImageError> {
+    let header = boot::parse_setup_header(&file.name, &file.data)?;
+    let version = boot::version_string(&header, &file.data).unwrap_or_default();
+    let release = version.split_whitespace().next().unwrap_or_default();
+    // It becomes a directory's name.
+    let valid = |c: char| c.is_ascii_alphanumeric() || "._+-~".contains(c);
+    if release.is_empty() || release.starts_with('.') || !release.chars().all(valid) {
+        return Err(ImageError::BadOption(format!("{}: the kernel has no usable version string", file.name)));
+    }
+    Ok(release.to_owned())
+}
+
+fn kernel_from_file(path: &Path, options: &BuildOptions) -> Result<Kernel, ImageError> {
+    let file = machine::image::read_file(path, FILE_MAX)?;
+    let release = kernel_release(&file)?;
+    let modules = match &options.modules_dir {
+        Some(dir) => kmod::resolve(&ModulesDir::scan(dir)?, &wanted(options))?,
+        None => kmod::resolve(&PackedModules::default(), &wanted(options))?,
+    };
+    Ok(Kernel { source: path.display().to_string(), file, release, modules })
+}
+
+fn wanted(options: &BuildOptions) -> Vec<&str> {
+    KVM_MODULES.into_iter().chain(options.modules.iter().map(String::as_str)).collect()
+}
+
+fn kernel_from_package(cache: &Path, options: &BuildOptions) -> Result<Kernel, ImageError> {
+    let mut apt = Apt::new(cache)?;
+    let mut package = apt.show(&options.kernel_package)?;
+    // From "linux-image-amd64" to "linux-image-6.1.0-13-amd64", maybe over another step.
+    for _ in 0..4 {
+        let Some(next) = package.depends.iter().find(|d| is_versioned(d, "linux-image-")) else { break };
+        if *next == package.name {
+            break;
+        }
+        package = apt.show(&next.clone())?;
+    }
+    let mut source = PackedModules::default();
+    let mut kernels = Vec::new();
+    // Ubuntu has the modules in a package of their own.
+    let companions: Vec<String> =
+        package.depends.iter().filter(|d| is_versioned(d, "linux-modules-")).cloned().collect();
+    let mut files = vec![apt.download(&package)?];
+    for name in companions {
+        let companion = apt.show(&name)?;
+        files.push(apt.download(&companion)?);
+    }
+    for path in files {
+        let keep = |p: &str| p.starts_with("boot/vmlinuz") || kmod::module_name(p).is_some();
+        for f in deb::extract(&path, keep)? {
+            if f.path.starts_with("boot/") {
+                kernels.push(f);
+            } else {
+                source.add(&f.path, f.data);
+            }
+        }
+    }
+    let found = kernels.pop().ok_or_else(|| ImageError::NotInPackage {
+        package: package.name.clone(),
+        what: "kernel (boot/vmlinuz-*)",
+    })?;
+    let file = BootFile { name: format!("{}: {}", package.name, found.path), data: found.data };
+    let release = kernel_release(&file)?;
+    let modules = kmod::resolve(&source, &wanted(options))?;
+    let source = format!("package {} {}", package.name, package.version);
+    Ok(Kernel { file, release, source, modules })
+}
+
+/// Whether `name` is `prefix` and a version.
+fn is_versioned(name: &str, prefix: &str) -> bool {
+    let unsigned = format!("{prefix}unsigned-");
+    let rest = name.strip_prefix(&unsigned).or_else(|| name.strip_prefix(prefix));
+    rest.is_some_and(|r| r.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+fn busybox_from_package(cache: &Path) -> Result<BootFile, ImageError> {
+    let mut apt = Apt::new(cache)?;
+    let package = apt.show(BUSYBOX_PACKAGE)?;
+    let path = apt.download(&package)?;
+    let mut files = deb::extract(&path, |p| p == "bin/busybox" || p == "usr/bin/busybox")?;
+    let found = files
+        .pop()
+        .ok_or(ImageError::NotInPackage { package: package.name, what: "busybox program (bin/busybox)" })?;
+    Ok(BootFile { name: BUSYBOX_PACKAGE.into(), data: found.data })
+}
+
+/// The applets that this busybox has, by its own account. None if it does not run here, as
+/// on a host of another architecture; L1 finds out for itself then.
+fn list_applets(busybox: &BootFile) -> Vec<String> {
+    let output = (|| {
+        let dir = tempfile::tempdir().ok()?;
+        let path = dir.path().join("busybox");
+        std::fs::write(&path, &busybox.data).ok()?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&path, mode).ok()?;
+        Command::new(&path).arg("--list").stdin(Stdio::null()).stderr(Stdio::null()).output().ok()
+    })();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    let valid =
+        |a: &&str| !a.is_empty() && a.chars().all(|c| c.is_ascii_alphanumeric() || "_-[.+".contains(c));
+    text.lines().map(str::trim).filter(valid).map(str::to_owned).collect()
+}
+
+/// Reads a program that has to run without a dynamic linker.
+fn static_program(path: &Path, option: &'static str) -> Result<BootFile, ImageError> {
+    let file = machine::image::read_file(path, FILE_MAX)?;
+    match static_problem(&file.data) {
+        None => Ok(file),
+        Some(reason) => Err(ImageError::NotStatic { path: path.to_owned(), reason, option }),
+    }
+}
+
+/// Why `data` is no static x86-64 program.
+fn static_problem(data: &[u8]) -> Option<&'static str> {
+    use object::read::elf::{FileHeader, ProgramHeader};
+    let Ok(header) = object::elf::FileHeader64::<object::LittleEndian>::parse(data) else {
+        return Some("is not a 64-bit ELF program");
+    };
+    let e = object::LittleEndian;
+    if header.e_machine(e) != object::elf::EM_X86_64 {
+        return Some("is not for x86-64");
+    }
+    match header.program_headers(e, data) {
+        Ok(headers) if headers.iter().any(|h| h.p_type(e) == object::elf::PT_INTERP) => {
+            Some("is dynamically linked")
+        }
+        Ok([]) | Err(_) => Some("is a damaged ELF program"),
+        Ok(_) => None,
+    }
+}
+
+/// The nestvmm to put into the image: the one asked for, else the running one if it is
+/// static, else a static one built beside it. Else none, and a notice that says so.
+fn find_nestvmm(asked: Option<&Path>) -> Result<(Option<BootFile>, Option<String>), ImageError> {
+    if let Some(path) = asked {
+        return Ok((Some(static_program(path, "--nestvmm")?), None));
+    }
+    let mut candidates = Vec::new();
+    if let Ok(own) = std::env::current_exe() {
+        candidates.push(own.clone());
+        if let Some(dir) = own.parent() {
+            candidates.push(dir.join("nestvmm-static"));
+            // target/PROFILE/nestvmm and target/TRIPLE/PROFILE/nestvmm.
+            for target in ["x86_64-unknown-linux-gnu", "x86_64-unknown-linux-musl"] {
+                for profile in ["release", "debug"] {
+                    candidates.push(dir.join("..").join(target).join(profile).join("nestvmm"));
+                }
+            }
+        }
+    }
+    // The running program may be a test or another program that uses these modules.
+    let named = |p: &&PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("nestvmm"));
+    for path in candidates.iter().filter(named) {
+        if let Ok(file) = static_program(path, "--nestvmm") {
+            return Ok((Some(file), None));
+        }
+    }
+    let notice = "nestvmm itself is not in the image: there is no statically linked one; build it with \
+                  RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target \
+                  x86_64-unknown-linux-gnu -p nestvmm, or give one with --nestvmm";
+    Ok((None, Some(notice.into())))
+}
+
+fn extra_file(from: &Path, to: &str) -> Result<(String, u32, Vec<u8>), ImageError> {
+    let clean = to.trim_start_matches('/');
+    if clean.is_empty() || clean.ends_with('/') || clean.split('/').any(|p| matches!(p, "" | "." | "..")) {
+        return Err(ImageError::BadOption(format!("{to:?} is not a path of a file in L1")));
+    }
+    let read = |source| ImageError::Read { path: from.to_owned(), source };
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(from).map_err(read)?.permissions());
+    let data = std::fs::read(from).map_err(read)?;
+    Ok((clean.to_owned(), mode & 0o777, data))
+}
+
+/// Where downloads are kept between builds.
+enum Cache {
+    Kept(PathBuf),
+    /// Without a home directory nothing is kept.
+    Scratch(tempfile::TempDir),
+}
+
+impl Cache {
+    fn open() -> Result<Self, ImageError> {
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+        let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|h| h.join(".cache")));
+        if let Some(dir) = base.map(|b| b.join("nestvmm"))
+            && std::fs::create_dir_all(&dir).is_ok()
+        {
+            return Ok(Self::Kept(dir));
+        }
+        let scratch = tempfile::tempdir();
+        scratch.map(Self::Scratch).map_err(|source| ImageError::Read { path: std::env::temp_dir(), source })
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Kept(p) => p,
+            Self::Scratch(d) => d.path(),
+        }
+    }
+}
