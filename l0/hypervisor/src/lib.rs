@@ -17,6 +17,8 @@ pub mod exits;
 pub mod msr;
 pub mod report;
 pub mod stats;
+#[cfg(test)]
+mod testing;
 pub mod vcpu_loop;
 pub mod vm;
 pub mod vmcs01;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use devices::{GpFault, LocalApic};
 use engine::{GuestRegs, GuestState};
 use x86_spec::msr::{self, arch_cap};
-use x86_spec::reg::{cr0, cr4, efer};
+use x86_spec::reg::{cr0, efer};
 use x86_spec::segment::seg;
 
 use crate::cpuid::PHYSICAL_BITS;
@@ -293,7 +293,6 @@ fn write_context(msr: u32, value: u64, cx: &mut MsrContext<'_>) -> Option<Result
 fn write_efer(value: u64, g: &mut GuestState) -> Result<(), GpFault> {
     allow(value & !efer::DEFINED == 0)?;
     allow(g.cr0 & cr0::PG == 0 || (value ^ g.efer) & efer::LME == 0)?;
-    debug_assert!(g.efer & efer::LMA == 0 || g.cr4 & cr4::PAE != 0);
     g.efer = value & !efer::LMA | g.efer & efer::LMA;
     Ok(())
 }

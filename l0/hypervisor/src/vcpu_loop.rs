@@ -420,3 +420,338 @@ impl<E: Engine> VcpuLoop<E> {
         CodeBytes { linear, bytes, bitness: bits }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::CrashCause;
+    use crate::testing::{Rig, TIMER_SHIFT};
+    use std::sync::atomic::Ordering;
+    use x86_spec::exit::{cr_access, io};
+    use x86_spec::msr;
+    use x86_spec::reg::{cr0, gpr};
+
+    const CPUID: VmExit = VmExit { instruction_length: 2, ..VmExit::new(ExitReason::Cpuid) };
+
+    fn wrmsr(regs: &mut GuestRegs, msr: u32, value: u64) -> VmExit {
+        regs.gpr[gpr::RCX] = msr.into();
+        regs.gpr[gpr::RAX] = value & 0xffff_ffff;
+        regs.gpr[gpr::RDX] = value >> 32;
+        VmExit { instruction_length: 2, ..VmExit::new(ExitReason::Wrmsr) }
+    }
+
+    /// LVT timer: TSC-deadline mode (SDM Vol. 3A §11.5.4.1), vector 40H.
+    const LVT_DEADLINE: u64 = 2 << 17 | 0x40;
+
+    /// Has the guest switch to x2APIC mode and arm the timer for `ticks` from power-on.
+    fn arm_timer(rig: &mut Rig, ticks: u64) {
+        rig.then(|_, r, _| wrmsr(r, msr::IA32_APIC_BASE, 0xfee0_0d00))
+            .then(|_, r, _| wrmsr(r, msr::IA32_X2APIC_SIVR, 0x1ff))
+            .then(|_, r, _| wrmsr(r, msr::IA32_X2APIC_LVT_TIMER, LVT_DEADLINE))
+            .then(move |_, r, _| wrmsr(r, msr::IA32_TSC_DEADLINE, ticks));
+    }
+
+    #[test]
+    fn an_armed_timer_becomes_the_preemption_timer_and_then_an_interrupt() {
+        let mut rig = Rig::new();
+        arm_timer(&mut rig, 64_000);
+        rig.then(|v, _, tsc| {
+            // SDM Vol. 3C §26.5.1: one tick for 2^5 TSC ticks.
+            let ticks = u64::from(v.guest.preemption_timer);
+            assert!((64_000 >> TIMER_SHIFT..=(64_000 >> TIMER_SHIFT) + 1).contains(&ticks), "{ticks}");
+            v.guest.rflags |= rflags::IF;
+            tsc.fetch_add(64_000, Ordering::SeqCst);
+            VmExit::new(ExitReason::PreemptionTimer)
+        })
+        .then(|v, _, _| {
+            assert_eq!(
+                v.controls.entry_interruption,
+                InterruptionInfo::new(0x40, EventType::External, false)
+            );
+            CPUID
+        })
+        .then(|v, _, _| {
+            assert!(!v.controls.entry_interruption.is_valid(), "delivered once");
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn an_interrupt_that_can_not_be_taken_waits_for_the_window() {
+        let mut rig = Rig::new();
+        arm_timer(&mut rig, 1000);
+        let window = |v: &EngineVmcs| v.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING);
+        rig.then(move |v, _, tsc| {
+            assert!(!window(v));
+            tsc.fetch_add(1000, Ordering::SeqCst);
+            VmExit::new(ExitReason::PreemptionTimer)
+        })
+        .then(move |v, _, _| {
+            assert!(window(v) && !v.controls.entry_interruption.is_valid(), "IF is 0");
+            v.guest.rflags |= rflags::IF;
+            v.guest.interruptibility = interruptibility::STI;
+            VmExit::new(ExitReason::ExternalInterrupt)
+        })
+        .then(move |v, _, _| {
+            assert!(window(v) && !v.controls.entry_interruption.is_valid(), "blocked by STI");
+            v.guest.interruptibility = 0;
+            VmExit::new(ExitReason::InterruptWindow)
+        })
+        .then(move |v, _, _| {
+            assert!(!window(v));
+            assert_eq!(v.controls.entry_interruption.vector(), 0x40);
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn hlt_waits_until_another_thread_brings_an_nmi() {
+        let mut rig = Rig::new();
+        rig.then(|v, _, _| {
+            assert_eq!(v.guest.rip, 0xfff0);
+            VmExit { instruction_length: 1, ..VmExit::new(ExitReason::Hlt) }
+        })
+        .then(|v, _, _| {
+            assert_eq!(v.guest.rip, 0xfff1);
+            assert_eq!(v.controls.entry_interruption, InterruptionInfo::new(2, EventType::Nmi, false));
+            CPUID
+        });
+        let pc = rig.pc.clone();
+        let button = std::thread::spawn(move || pc.press_nmi_button());
+        rig.play();
+        button.join().unwrap();
+    }
+
+    #[test]
+    fn hlt_ends_at_a_deadline() {
+        let mut rig = Rig::new();
+        arm_timer(&mut rig, 5_000);
+        rig.then(|v, _, tsc| {
+            v.guest.rflags |= rflags::IF;
+            tsc.fetch_add(5_000, Ordering::SeqCst);
+            VmExit { instruction_length: 1, ..VmExit::new(ExitReason::Hlt) }
+        })
+        .then(|v, _, _| {
+            assert_eq!(v.controls.entry_interruption.vector(), 0x40);
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn an_event_whose_delivery_exits_is_delivered_again() {
+        // SDM Vol. 3C §28.2.4.
+        let mut rig = Rig::new();
+        let interrupted = VmExit {
+            idt_vectoring: InterruptionInfo::new(14, EventType::HardwareException, true),
+            idt_vectoring_error_code: 6,
+            ..VmExit::new(ExitReason::ExternalInterrupt)
+        };
+        let nmi = VmExit {
+            idt_vectoring: InterruptionInfo(InterruptionInfo::new(2, EventType::Nmi, false).0 | 1 << 12),
+            ..VmExit::new(ExitReason::ExternalInterrupt)
+        };
+        rig.then(move |_, _, _| interrupted)
+            .then(move |v, _, _| {
+                let c = &v.controls;
+                assert_eq!((c.entry_interruption.0, c.entry_error_code), (0x8000_0b0e, 6));
+                v.guest.interruptibility = interruptibility::NMI;
+                nmi
+            })
+            .then(|v, _, _| {
+                assert_eq!(v.controls.entry_interruption.0, 0x8000_0202);
+                assert_eq!(v.guest.interruptibility & interruptibility::NMI, 0);
+                CPUID
+            });
+        rig.play();
+    }
+
+    #[test]
+    fn unknown_msrs_raise_gp_at_the_instruction() {
+        let mut rig = Rig::new();
+        rig.then(|v, r, _| {
+            v.guest.cr0 |= cr0::PE;
+            r.gpr[gpr::RCX] = 0x1234_5678;
+            VmExit { instruction_length: 2, ..VmExit::new(ExitReason::Rdmsr) }
+        })
+        .then(|v, _, _| {
+            assert_eq!(v.guest.rip, 0xfff0);
+            assert_eq!((v.controls.entry_interruption.0, v.controls.entry_error_code), (0x8000_0b0d, 0));
+            v.guest.cr0 &= !cr0::PE;
+            VmExit { instruction_length: 2, ..VmExit::new(ExitReason::Rdmsr) }
+        })
+        .then(|v, _, _| {
+            // No error code in real mode (SDM Vol. 3C §27.2.1.3).
+            assert_eq!(v.controls.entry_interruption.0, 0x8000_030d);
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn completing_an_instruction_has_all_its_side_effects() {
+        let mut rig = Rig::new();
+        rig.then(|v, _, _| {
+            v.guest.rip = 0xffff_ffff;
+            v.guest.rflags |= rflags::TF | rflags::RF;
+            v.guest.interruptibility = interruptibility::MOV_SS | interruptibility::NMI;
+            CPUID
+        })
+        .then(|v, _, _| {
+            assert_eq!(v.guest.rip, 1, "EIP wraps outside 64-bit mode");
+            assert_eq!(v.guest.interruptibility, interruptibility::NMI);
+            assert_eq!(v.guest.pending_debug, 1 << 14, "BS, SDM Vol. 3C table 25-4");
+            assert_eq!(v.guest.rflags & rflags::RF, 0);
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn in_leaves_the_rest_of_rax_as_the_operand_size_has_it() {
+        let mut rig = Rig::new();
+        let exit = |size| VmExit {
+            instruction_length: 1,
+            ..VmExit::new(ExitReason::IoInstruction).qualified(io::qualification(0xeee0, size, io::IN))
+        };
+        for (size, expected) in [(1, 0x1122_3344_5566_77ff), (2, 0x1122_3344_5566_ffff), (4, 0xffff_ffff_u64)]
+        {
+            rig.then(move |_, r, _| {
+                r.gpr[gpr::RAX] = 0x1122_3344_5566_7788;
+                exit(size)
+            })
+            .then(move |_, r, _| {
+                assert_eq!(r.gpr[gpr::RAX], expected);
+                CPUID
+            });
+        }
+        rig.play();
+    }
+
+    #[test]
+    fn cr8_is_the_local_apics_and_cr4_bits_that_are_not_offered_fault() {
+        let mut rig = Rig::new();
+        let access = |cr, kind| VmExit {
+            instruction_length: 3,
+            ..VmExit::new(ExitReason::CrAccess).qualified(cr_access::mov(cr, kind, gpr::RBX as u8))
+        };
+        rig.then(move |v, r, _| {
+            v.guest.cr0 |= cr0::PE;
+            r.gpr[gpr::RBX] = 9;
+            access(8, cr_access::Kind::MovTo)
+        })
+        .then(move |_, r, _| {
+            r.gpr[gpr::RBX] = 0;
+            access(8, cr_access::Kind::MovFrom)
+        })
+        .then(move |_, r, _| {
+            assert_eq!(r.gpr[gpr::RBX], 9);
+            r.gpr[gpr::RBX] = 16;
+            access(8, cr_access::Kind::MovTo)
+        })
+        .then(move |v, _, _| {
+            assert_eq!(v.controls.entry_interruption.vector(), exception::GP);
+            access(4, cr_access::Kind::MovTo)
+        })
+        .then(|v, _, _| {
+            assert_eq!(v.controls.entry_interruption.vector(), exception::GP);
+            CPUID
+        });
+        rig.play();
+        assert_eq!(rig.pc.interrupts().with_lapic(0, |l| l.tpr()), Some(0x90));
+    }
+
+    #[test]
+    fn vmx_instructions_are_undefined() {
+        let mut rig = Rig::new();
+        for reason in [ExitReason::Vmxon, ExitReason::Vmcall, ExitReason::Invept] {
+            rig.then(move |_, _, _| VmExit::new(reason)).then(|v, _, _| {
+                assert_eq!(v.controls.entry_interruption.0, 0x8000_0306);
+                assert_eq!(v.guest.rip, 0xfff0);
+                VmExit::new(ExitReason::ExternalInterrupt)
+            });
+        }
+        rig.play();
+    }
+
+    #[test]
+    fn device_memory_is_emulated_and_ram_never_is() {
+        let mut rig = Rig::new();
+        let mmio = VmExit {
+            guest_physical: memory::Gpa(0xfee0_0020),
+            ..VmExit::new(ExitReason::EptViolation).qualified(0x181)
+        };
+        rig.then(move |_, _, _| mmio).emulation(|v, bus| {
+            assert_eq!(bus.mmio_read(memory::Gpa(0xfee0_0030), 4) & 0xff, 0x15, "APIC version");
+            v.guest.rip += 3;
+            None
+        });
+        rig.play();
+
+        let ram = VmExit { guest_physical: memory::Gpa(0x1000), ..mmio };
+        rig.then(move |_, _, _| ram);
+        assert!(matches!(rig.cpu.run(), RunEnd::Internal(_)));
+    }
+
+    #[test]
+    fn device_memory_that_can_not_be_emulated_is_a_crash_and_no_endless_loop() {
+        let mut rig = Rig::new();
+        let mmio = VmExit {
+            guest_physical: memory::Gpa(0xd000_0000),
+            ..VmExit::new(ExitReason::EptViolation).qualified(0x181)
+        };
+        rig.then(move |_, _, _| mmio).emulation(move |_, _| Some(mmio));
+        let RunEnd::Crash(report) = rig.cpu.run() else { panic!() };
+        assert_eq!(report.cause, CrashCause::UnsupportedDeviceAccess { gpa: 0xd000_0000 });
+        let fetch = mmio.qualified(0x184);
+        rig.then(move |_, _, _| fetch);
+        let RunEnd::Crash(report) = rig.cpu.run() else { panic!() };
+        assert_eq!(report.cause, CrashCause::FetchOutsideRam { gpa: 0xd000_0000 });
+    }
+
+    #[test]
+    fn a_triple_fault_reports_the_last_exits_and_the_code() {
+        let mut rig = Rig::new();
+        rig.vm.ram().write(memory::L1Gpa(0x1000), &[0x0f, 0x0b]).unwrap();
+        rig.then(|_, _, _| CPUID).then(|v, _, _| {
+            v.guest.segments[seg::CS].base = 0;
+            v.guest.rip = 0x1000;
+            VmExit::new(ExitReason::TripleFault)
+        });
+        let RunEnd::Crash(report) = rig.cpu.run() else { panic!() };
+        assert_eq!(report.cause, CrashCause::TripleFault);
+        let reasons: Vec<_> = report.exits.iter().map(|e| e.exit.reason).collect();
+        assert_eq!(reasons, [ExitReason::Cpuid, ExitReason::TripleFault]);
+        assert_eq!((report.code.bitness, &report.code.bytes[..2]), (16, &[0x0f, 0x0b][..]));
+        assert!(report.to_string().contains("triple fault"));
+    }
+
+    #[test]
+    fn another_thread_stops_a_halted_vcpu() {
+        let mut rig = Rig::new();
+        rig.then(|_, _, _| VmExit::new(ExitReason::Hlt));
+        let handle = rig.vm.handle().clone();
+        let stopper = std::thread::spawn(move || handle.stop());
+        assert!(matches!(rig.cpu.run(), RunEnd::Stopped));
+        stopper.join().unwrap();
+        // The exit was counted, if it came to that before the stop.
+        let exits = rig.vm.handle().stats(0).unwrap().exits;
+        assert!(exits <= 1, "{exits}");
+    }
+
+    #[test]
+    fn tsc_writes_reach_the_vmcs() {
+        let mut rig = Rig::new();
+        rig.then(|v, r, tsc| {
+            assert_eq!(v.controls.tsc_offset.wrapping_add(tsc.load(Ordering::SeqCst)), 0);
+            wrmsr(r, msr::TSC, 777)
+        })
+        .then(|v, _, tsc| {
+            assert_eq!(v.controls.tsc_offset.wrapping_add(tsc.load(Ordering::SeqCst)), 777);
+            CPUID
+        });
+        rig.play();
+    }
+}

@@ -261,3 +261,94 @@ pub fn reset_registers(signature: u32) -> GuestRegs {
     debug_assert_eq!(regs.xcr0, reg::xcr0::X87);
     regs
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::all_capabilities;
+
+    #[test]
+    fn an_engine_without_a_needed_control_is_named() {
+        let mut caps = all_capabilities();
+        caps.secondary.may_be_one &= !SecondaryControls::ENABLE_EPT.bits();
+        let e = controls(&caps, 0, MachineAddr(0), 0).unwrap_err();
+        assert!(e.control.contains("ENABLE_EPT"), "{e}");
+        // What is only nice to have may be missing.
+        let mut caps = all_capabilities();
+        caps.secondary.may_be_one &= !SecondaryControls::WBINVD_EXITING.bits();
+        let c = controls(&caps, 0, MachineAddr(0), 0).unwrap();
+        assert!(!c.secondary.contains(SecondaryControls::WBINVD_EXITING));
+    }
+
+    #[test]
+    fn controls_obey_the_consistency_rules() {
+        // SDM Vol. 3C §27.2.1.1.
+        let c = controls(&all_capabilities(), 0x1e, MachineAddr(0x5000), 0).unwrap();
+        assert!(c.pin.contains(PinbasedControls::NMI_EXITING), "virtual NMIs need it");
+        assert!(c.secondary.contains(SecondaryControls::ENABLE_EPT), "unrestricted guest needs it");
+        assert_ne!(c.vpid, 0, "enabled VPIDs are not 0");
+        assert!(!c.primary.contains(PrimaryControls::USE_TPR_SHADOW));
+        assert!(!c.primary.contains(PrimaryControls::NMI_WINDOW_EXITING));
+        assert_eq!(c.exception_bitmap, 0);
+    }
+
+    #[test]
+    fn the_msr_bitmap_lets_only_the_context_through() {
+        let m = MachineMemory::new(0x2000).unwrap();
+        let page = MachineAddr(0x1000);
+        write_msr_bitmap(&m, page).unwrap();
+        let mut bytes = [0; 4096];
+        m.read(page, &mut bytes).unwrap();
+        // SDM Vol. 3C §25.6.9: read low, read high, write low, write high.
+        let exits = |msr: u32, write: bool| {
+            let quarter = usize::from(msr >= 0xc000_0000) * 1024 + usize::from(write) * 2048;
+            let n = (msr & 0x1fff) as usize;
+            bytes[quarter + n / 8] & 1 << (n % 8) != 0
+        };
+        for m in PASS_THROUGH {
+            assert!(!exits(*m, false) && !exits(*m, true), "{m:#x}");
+        }
+        for m in [msr::TSC, msr::IA32_APIC_BASE, msr::IA32_TSC_DEADLINE, 0x808, msr::IA32_XSS_MSR] {
+            assert!(exits(m, false) && exits(m, true), "{m:#x}");
+        }
+        let clear: u32 = bytes.iter().map(|b| b.count_zeros()).sum();
+        assert_eq!(clear as usize, 2 * PASS_THROUGH.len());
+    }
+
+    #[test]
+    fn cr4_bits_follow_cpuid() {
+        let none = offered_cr4([0; 4], [0; 4]);
+        let all = offered_cr4([u32::MAX; 4], [u32::MAX; 4]);
+        assert_eq!(none & cr4::OSXSAVE, 0);
+        assert_ne!(all & cr4::OSXSAVE, 0);
+        assert_eq!(all & (cr4::VMXE | cr4::SMXE), 0);
+        let c = controls(&all_capabilities(), 0, MachineAddr(0), all).unwrap();
+        assert_eq!(c.cr4_mask & cr4::VMXE, cr4::VMXE);
+        assert_eq!(c.cr4_mask & cr4::PAE, 0);
+    }
+
+    #[test]
+    fn long_mode_guests_need_the_entry_control() {
+        let mut v = EngineVmcs::default();
+        v.guest.efer = efer::LMA;
+        sync_long_mode(&mut v);
+        assert!(v.controls.entry.contains(EntryControls::IA32E_MODE_GUEST));
+        v.guest.efer = 0;
+        sync_long_mode(&mut v);
+        assert!(!v.controls.entry.contains(EntryControls::IA32E_MODE_GUEST));
+    }
+
+    #[test]
+    fn boot_state_is_loaded_whole() {
+        use machine::boot::{BootGprs, BootTable};
+        let gprs = BootGprs { rsi: 7, rsp: 9, r8_r15: [1, 0, 0, 0, 0, 0, 0, 8], ..BootGprs::default() };
+        let boot = BootState::long64(0x100_0000, gprs, 0x2000, (16, 24), BootTable { base: 5, limit: 6 });
+        let (mut v, mut r) = (EngineVmcs::default(), reset_registers(0x806f8));
+        load_boot_state(&mut v, &mut r, &boot);
+        assert_eq!((v.guest.rip, v.guest.rsp, v.guest.cr3), (0x100_0000, 9, 0x2000));
+        assert_eq!((r.gpr[gpr::RSI], r.gpr[8], r.gpr[15]), (7, 1, 8));
+        assert!(v.guest.segments[seg::CS].access.long());
+        assert_eq!(v.guest.segments[seg::TR].access.ty(), 11, "a busy TSS, SDM Vol. 3C §27.3.1.2");
+        assert_eq!((v.guest.gdtr.base, v.guest.gdtr.limit), (5, 6));
+    }
+}
