@@ -1,0 +1,236 @@
+//! What happens between two instructions (SDM Vol. 3A §6.9, table 6-2; Vol. 3C §26.2, §26.5).
+//!
+//! Not supported: SMIs, INIT and start-up IPIs (L0 resets vCPUs itself), branch trapping
+//! (IA32_DEBUGCTL.BTF), virtual-interrupt delivery.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use engine::{Activity, VmExit, interruptibility, pending_debug};
+use x86_spec::controls::PrimaryControls;
+use x86_spec::exception;
+use x86_spec::exit::ExitReason;
+use x86_spec::reg::{dr, rflags};
+use x86_spec::segment::seg;
+
+use super::capabilities::host_tsc;
+use super::event::deliver;
+use crate::cpu::{Cpu, Event, Exec};
+
+/// What the processor remembers from one instruction boundary to the next.
+#[derive(Clone, Debug, Default)]
+pub struct Boundary {
+    /// `icount` when the interrupt shadow began.
+    shadow_at: u64,
+    /// `icount` when an instruction was started with TF set.
+    pub(super) step_at: Option<u64>,
+    /// `icount` when an instruction was started with the monitor trap flag.
+    mtf_at: Option<u64>,
+    /// `icount` when an instruction was started with RF set.
+    resume_at: Option<u64>,
+    /// An MTF VM exit is pending.
+    pub(super) mtf_pending: bool,
+    /// A trap-like exit of the previous instruction is pending.
+    pub(super) trap_exit: Option<VmExit>,
+    /// DR7 enables an instruction breakpoint.
+    pub(super) instruction_breakpoints: bool,
+}
+
+const SHADOW: u32 = interruptibility::STI | interruptibility::MOV_SS;
+
+impl Cpu {
+    /// Blocks events until the next instruction has completed; called by the instruction
+    /// that does it.
+    pub(crate) fn begin_shadow(&mut self, kind: u32) {
+        self.interruptibility = self.interruptibility & !SHADOW | kind;
+        self.boundary.shadow_at = self.icount;
+        self.request_event_check();
+    }
+
+    /// Looks up what DR7 means for [`check`]; to be called when DR7 changes.
+    pub(crate) fn boundary_dr7_changed(&mut self) {
+        self.boundary.instruction_breakpoints = breakpoints(self.dr7).any(|b| b.condition == Condition::Execute);
+        self.request_event_check();
+    }
+
+    /// Starts a new run: VM entry. A shadow or trap flag that the VMCS holds counts from here.
+    pub(super) fn boundary_reset(&mut self) {
+        self.boundary = Boundary { shadow_at: self.icount, ..Boundary::default() };
+        self.boundary_dr7_changed();
+    }
+}
+
+/// Condition field of a breakpoint (DR7 R/W bits).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Instruction execution.
+    Execute,
+    /// Data writes.
+    Write,
+    /// I/O accesses (CR4.DE).
+    Io,
+    /// Data reads and writes.
+    ReadWrite,
+}
+
+/// An enabled breakpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Breakpoint {
+    /// DR0–DR3.
+    pub number: usize,
+    /// When it hits.
+    pub condition: Condition,
+    /// Its length in bytes.
+    pub length: u8,
+}
+
+/// The breakpoints that DR7 enables (SDM Vol. 3B §18.2.4).
+pub fn breakpoints(dr7: u64) -> impl Iterator<Item = Breakpoint> {
+    (0..4usize).filter(move |n| dr7 >> (n * 2) & 3 != 0).map(move |number| {
+        let field = dr7 >> (16 + number * 4) & 15;
+        let condition = match field & 3 {
+            0 => Condition::Execute,
+            1 => Condition::Write,
+            2 => Condition::Io,
+            _ => Condition::ReadWrite,
+        };
+        let length = [1, 2, 8, 4][(field >> 2) as usize];
+        Breakpoint { number, condition, length }
+    })
+}
+
+/// Looks at everything that can happen at this instruction boundary, in order of
+/// priority, and prepares the next instruction. To be called before the first
+/// instruction of a run, whenever [`crate::cpu::Shared::limit`] was reached, and after an
+/// instruction that ran alone.
+///
+/// # Errors
+/// A VM exit.
+pub fn check(cpu: &mut Cpu) -> Exec {
+    finish_previous(cpu);
+    if let Some(exit) = cpu.boundary.trap_exit.take() {
+        return Err(cpu.exit(exit));
+    }
+    if std::mem::take(&mut cpu.boundary.mtf_pending) {
+        return Err(cpu.exit(VmExit::new(ExitReason::MonitorTrapFlag)));
+    }
+    debug_traps(cpu)?;
+    loop {
+        preemption_timer(cpu)?;
+        windows(cpu)?;
+        kick(cpu)?;
+        if cpu.activity == Activity::Active {
+            break;
+        }
+        // Nothing else can wake an inactive guest here; the poll keeps the timer exact to
+        // a fraction of what a host timer gives.
+        std::thread::sleep(Duration::from_micros(20));
+    }
+    instruction_breakpoint(cpu)?;
+    prepare_next(cpu);
+    Ok(())
+}
+
+/// Ends the shadow, TF, MTF and RF of the instruction that completed.
+fn finish_previous(cpu: &mut Cpu) {
+    let now = cpu.icount;
+    let completed = |at: &mut Option<u64>| at.take().is_some_and(|at| at != now);
+    if cpu.interruptibility & SHADOW != 0 && cpu.boundary.shadow_at != now {
+        cpu.interruptibility &= !SHADOW;
+    }
+    if completed(&mut cpu.boundary.step_at) {
+        cpu.pending_debug |= pending_debug::BS;
+    }
+    if completed(&mut cpu.boundary.mtf_at) {
+        cpu.boundary.mtf_pending = true;
+    }
+    if completed(&mut cpu.boundary.resume_at) {
+        cpu.rflags_other &= !rflags::RF;
+    }
+}
+
+/// Single-step traps and data breakpoints. Blocking by MOV SS holds them back (SDM
+/// Vol. 3A §6.8.3).
+fn debug_traps(cpu: &mut Cpu) -> Exec {
+    let pending = cpu.pending_debug;
+    if pending == 0 || cpu.interruptibility & interruptibility::MOV_SS != 0 {
+        return Ok(());
+    }
+    cpu.pending_debug = 0;
+    if pending & (pending_debug::BS | pending_debug::ENABLED_BREAKPOINT) == 0 {
+        return Ok(());
+    }
+    let payload = pending & (pending_debug::B | dr::DR6_BS);
+    deliver(cpu, Event { payload, ..Event::fault(exception::DB) }, 0)
+}
+
+fn preemption_timer(cpu: &mut Cpu) -> Exec {
+    match cpu.timer_deadline {
+        Some(deadline) if host_tsc() >= deadline => {
+            Err(cpu.exit(VmExit::new(ExitReason::PreemptionTimer)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// NMI-window and interrupt-window exits (SDM Vol. 3C §26.2).
+fn windows(cpu: &mut Cpu) -> Exec {
+    use PrimaryControls as P;
+    if !cpu.controls.primary.intersects(P::NMI_WINDOW_EXITING | P::INTERRUPT_WINDOW_EXITING) {
+        return Ok(());
+    }
+    let blocking = cpu.interruptibility;
+    let inactive = matches!(cpu.activity, Activity::Shutdown | Activity::WaitForSipi);
+    let nmi_blocked = blocking & (interruptibility::NMI | SHADOW) != 0 || cpu.activity == Activity::WaitForSipi;
+    if cpu.primary(P::NMI_WINDOW_EXITING) && !nmi_blocked {
+        return Err(cpu.exit(VmExit::new(ExitReason::NmiWindow)));
+    }
+    let open = cpu.rflags_other & rflags::IF != 0 && blocking & SHADOW == 0 && !inactive;
+    if cpu.primary(P::INTERRUPT_WINDOW_EXITING) && open {
+        return Err(cpu.exit(VmExit::new(ExitReason::InterruptWindow)));
+    }
+    Ok(())
+}
+
+/// A kick is the external interrupt of this processor, and always exits.
+fn kick(cpu: &mut Cpu) -> Exec {
+    if cpu.shared.kicked.load(Ordering::Relaxed) && cpu.shared.kicked.swap(false, Ordering::Acquire) {
+        return Err(cpu.exit(VmExit::new(ExitReason::ExternalInterrupt)));
+    }
+    Ok(())
+}
+
+/// Instruction breakpoints: faults before the instruction, suppressed by RF (SDM Vol. 3B
+/// §18.3.1.1).
+fn instruction_breakpoint(cpu: &mut Cpu) -> Exec {
+    if !cpu.boundary.instruction_breakpoints || cpu.rflags_other & rflags::RF != 0 {
+        return Ok(());
+    }
+    let linear = if cpu.is_64() {
+        cpu.rip()
+    } else {
+        cpu.segments[seg::CS].base.wrapping_add(cpu.rip()) & 0xffff_ffff
+    };
+    let hits = breakpoints(cpu.dr7)
+        .filter(|b| b.condition == Condition::Execute && cpu.dr[b.number] == linear)
+        .fold(0u64, |all, b| all | 1 << b.number);
+    if hits == 0 {
+        return Ok(());
+    }
+    deliver(cpu, Event { payload: hits, ..Event::fault(exception::DB) }, 0)
+}
+
+/// Decides whether the next instruction runs alone, and what its completion brings.
+fn prepare_next(cpu: &mut Cpu) {
+    let now = cpu.icount;
+    let trap = cpu.rflags_other & rflags::TF != 0;
+    let mtf = cpu.primary(PrimaryControls::MONITOR_TRAP_FLAG);
+    let resume = cpu.rflags_other & rflags::RF != 0;
+    let shadow = cpu.interruptibility & SHADOW != 0;
+    let data_breakpoints = breakpoints(cpu.dr7).any(|b| b.condition != Condition::Execute);
+    let b = &mut cpu.boundary;
+    b.step_at = trap.then_some(now);
+    b.mtf_at = mtf.then_some(now);
+    b.resume_at = resume.then_some(now);
+    cpu.single = trap || mtf || resume || shadow || b.instruction_breakpoints || data_breakpoints;
+}

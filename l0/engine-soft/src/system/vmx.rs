@@ -1,0 +1,113 @@
+//! Instructions that always exit from non-root operation: VMX's own, RSM and GETSEC (SDM
+//! Vol. 3C §26.1.2). The exit comes before the CPL check, which is the hypervisor's to do.
+
+use iced_x86::{Instruction, OpKind};
+use x86_spec::controls::SecondaryControls;
+use x86_spec::exit::ExitReason;
+use x86_spec::reg::cr4;
+
+use super::info::operand_exit;
+use crate::cpu::{Cpu, Exec};
+
+/// #UD in real mode, virtual-8086 mode and compatibility mode (SDM Vol. 3D chapter 31).
+fn check_mode(cpu: &mut Cpu) -> Exec {
+    if cpu.real_or_v86() || cpu.long_mode() && !cpu.is_64() { Err(cpu.ud()) } else { Ok(()) }
+}
+
+fn plain(cpu: &mut Cpu, i: &Instruction, reason: ExitReason) -> Exec {
+    check_mode(cpu)?;
+    Err(cpu.instruction_exit(i, reason))
+}
+
+/// Instructions with one 64-bit memory operand.
+fn with_memory(cpu: &mut Cpu, i: &Instruction, reason: ExitReason) -> Exec {
+    check_mode(cpu)?;
+    if i.op_kind(0) != OpKind::Memory {
+        return Err(cpu.ud());
+    }
+    Err(operand_exit(cpu, i, reason, 0, 0))
+}
+
+/// RSM outside SMM is #UD, which takes priority: a guest never is in SMM here.
+pub(super) fn rsm(cpu: &mut Cpu, _: &Instruction) -> Exec {
+    Err(cpu.ud())
+}
+
+/// GETSEC: #UD without CR4.SMXE, which can't be set.
+pub(super) fn getsec(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    if cpu.cr4 & cr4::SMXE == 0 {
+        return Err(cpu.ud());
+    }
+    Err(cpu.instruction_exit(i, ExitReason::Getsec))
+}
+
+/// VMCALL exits in every mode.
+pub(super) fn vmcall(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    Err(cpu.instruction_exit(i, ExitReason::Vmcall))
+}
+
+/// VMFUNC: no function is offered.
+pub(super) fn vmfunc(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    if !cpu.secondary(SecondaryControls::ENABLE_VM_FUNCTIONS) {
+        return Err(cpu.ud());
+    }
+    Err(cpu.instruction_exit(i, ExitReason::Vmfunc))
+}
+
+/// VMLAUNCH.
+pub(super) fn vmlaunch(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    plain(cpu, i, ExitReason::Vmlaunch)
+}
+/// VMRESUME.
+pub(super) fn vmresume(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    plain(cpu, i, ExitReason::Vmresume)
+}
+/// VMXOFF.
+pub(super) fn vmxoff(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    plain(cpu, i, ExitReason::Vmxoff)
+}
+/// VMCLEAR.
+pub(super) fn vmclear(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    with_memory(cpu, i, ExitReason::Vmclear)
+}
+/// VMPTRLD.
+pub(super) fn vmptrld(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    with_memory(cpu, i, ExitReason::Vmptrld)
+}
+/// VMPTRST.
+pub(super) fn vmptrst(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    with_memory(cpu, i, ExitReason::Vmptrst)
+}
+/// VMXON.
+pub(super) fn vmxon(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    with_memory(cpu, i, ExitReason::Vmxon)
+}
+
+/// VMREAD: operand 0 receives, operand 1 (bits 31:28) holds the encoding.
+pub(super) fn vmread(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    check_mode(cpu)?;
+    let reg2 = (i.op1_register().number() as u32) << 28;
+    Err(operand_exit(cpu, i, ExitReason::Vmread, 0, reg2))
+}
+
+/// VMWRITE: operand 0 (bits 31:28) holds the encoding, operand 1 the value.
+pub(super) fn vmwrite(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    check_mode(cpu)?;
+    let reg2 = (i.op0_register().number() as u32) << 28;
+    Err(operand_exit(cpu, i, ExitReason::Vmwrite, 1, reg2))
+}
+
+fn invalidate(cpu: &mut Cpu, i: &Instruction, reason: ExitReason) -> Exec {
+    check_mode(cpu)?;
+    let reg2 = (i.op0_register().number() as u32) << 28;
+    Err(operand_exit(cpu, i, reason, 1, reg2))
+}
+
+/// INVEPT.
+pub(super) fn invept(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    invalidate(cpu, i, ExitReason::Invept)
+}
+/// INVVPID.
+pub(super) fn invvpid(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    invalidate(cpu, i, ExitReason::Invvpid)
+}
