@@ -93,11 +93,42 @@ pub(super) fn pack(archive: Vec<u8>, how: InitrdCompression) -> std::io::Result<
             out.write_all(&archive)?;
             out.finish()
         }
-        InitrdCompression::Lz4 => {
-            let info = lz4_flex::frame::FrameInfo::new().legacy_frame(true);
-            let mut out = lz4_flex::frame::FrameEncoder::with_frame_info(info, Vec::new());
-            out.write_all(&archive)?;
-            out.finish().map_err(std::io::Error::other)
+        InitrdCompression::Lz4 => Ok(lz4_legacy(&archive)),
+    }
+}
+
+/// LZ4's legacy frame: a magic number, then blocks of 8 MiB with their packed length.
+fn lz4_legacy(data: &[u8]) -> Vec<u8> {
+    const MAGIC: u32 = 0x184c_2102;
+    const BLOCK: usize = 8 << 20;
+    let mut out = MAGIC.to_le_bytes().to_vec();
+    for block in data.chunks(BLOCK) {
+        let packed = lz4_flex::block::compress(block);
+        out.extend_from_slice(&(packed.len() as u32).to_le_bytes());
+        out.extend_from_slice(&packed);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use machine::boot::{Compression, decompress};
+
+    use super::*;
+
+    #[test]
+    fn packed_archives_unpack_to_the_same() {
+        let archive: Vec<u8> = (0..9 << 20).map(|i: u32| (i >> 12) as u8 ^ i as u8).collect();
+        for (how, format) in
+            [(InitrdCompression::Gzip, Compression::Gzip), (InitrdCompression::Lz4, Compression::Lz4)]
+        {
+            let packed = pack(archive.clone(), how).unwrap();
+            assert_eq!(Compression::detect(&packed), Some(format));
+            assert!(packed.len() < archive.len() / 2);
+            assert!(decompress(format, &packed, 16 << 20).unwrap() == archive, "{how:?}");
         }
+        // The legacy frame is the only one that Linux unpacks.
+        assert_eq!(pack(archive.clone(), InitrdCompression::Lz4).unwrap()[..4], [0x02, 0x21, 0x4c, 0x18]);
+        assert_eq!(pack(archive.clone(), InitrdCompression::None).unwrap().len(), archive.len());
     }
 }
