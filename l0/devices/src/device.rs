@@ -1,5 +1,6 @@
 //! What all devices share: the bus-facing traits, interrupt lines and machine events.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Locks `m`. A panic in another thread while it held the lock does not spread: device
@@ -39,17 +40,17 @@ pub trait IrqSink: Send + Sync {
     fn set_irq(&self, irq: u32, asserted: bool);
 }
 
-/// One interrupt line, held by the device that drives it.
-#[derive(Clone)]
+/// One interrupt line, held by the device that drives it. Only changes of its level reach the sink.
 pub struct IrqLine {
     sink: Arc<dyn IrqSink>,
     irq: u32,
+    level: AtomicBool,
 }
 
 impl IrqLine {
     /// Line `irq` into `sink`.
     pub fn new(sink: Arc<dyn IrqSink>, irq: u32) -> Self {
-        Self { sink, irq }
+        Self { sink, irq, level: AtomicBool::new(false) }
     }
 
     /// A line that leads nowhere.
@@ -63,7 +64,9 @@ impl IrqLine {
 
     /// Drives the line.
     pub fn set(&self, asserted: bool) {
-        self.sink.set_irq(self.irq, asserted);
+        if self.level.swap(asserted, Ordering::AcqRel) != asserted {
+            self.sink.set_irq(self.irq, asserted);
+        }
     }
 
     /// Asserts and releases the line: an edge.

@@ -176,3 +176,102 @@ impl PioDevice for I8042 {
         self.update_irqs();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{
+        lock,
+        testing::{EventLog, LineLog},
+    };
+
+    struct Bench {
+        controller: I8042,
+        events: Arc<EventLog>,
+        line: Arc<LineLog>,
+    }
+
+    fn bench() -> Bench {
+        let events = Arc::new(EventLog::default());
+        let line = Arc::new(LineLog::default());
+        let irq = |n| IrqLine::new(line.clone(), n);
+        Bench { controller: I8042::new(events.clone(), irq(1), irq(12)), events, line }
+    }
+
+    impl Bench {
+        fn command(&mut self, value: u8) {
+            self.controller.write(4, 1, value.into());
+        }
+        fn data(&mut self, value: u8) {
+            self.controller.write(0, 1, value.into());
+        }
+        fn status(&mut self) -> u8 {
+            self.controller.read(4, 1) as u8
+        }
+        fn get(&mut self) -> u8 {
+            self.controller.read(0, 1) as u8
+        }
+    }
+
+    #[test]
+    fn self_test_and_command_byte() {
+        let mut b = bench();
+        b.command(0xaa);
+        assert_eq!(b.status() & STATUS_OUTPUT_FULL, 1);
+        assert_eq!(b.get(), 0x55);
+        assert_eq!(b.status() & STATUS_OUTPUT_FULL, 0);
+        b.command(0x60);
+        b.data(0x47);
+        b.command(0x20);
+        assert_eq!(b.get(), 0x47);
+        b.command(0xad);
+        b.command(0xa7);
+        b.command(0x20);
+        assert_eq!(b.get(), 0x77);
+    }
+
+    #[test]
+    fn missing_devices_time_out_at_once() {
+        let mut b = bench();
+        b.data(0xf2);
+        assert_eq!(b.status() & 0x61, STATUS_OUTPUT_FULL | STATUS_TIMEOUT);
+        assert_eq!(b.get(), 0xfe);
+        b.command(0xd4);
+        b.data(0xf2);
+        assert_eq!(b.status() & 0x61, STATUS_OUTPUT_FULL | STATUS_AUX | STATUS_TIMEOUT);
+        assert_eq!(b.get(), 0xfe);
+    }
+
+    #[test]
+    fn aux_loop_interrupts_on_irq_12() {
+        let mut b = bench();
+        b.command(0x60);
+        b.data(CTR_AUX_INT | CTR_SYSTEM);
+        b.command(0xd3);
+        b.data(0xa5);
+        assert!(b.line.level(12) && !b.line.level(1));
+        assert_eq!(b.status() & STATUS_AUX, STATUS_AUX);
+        assert_eq!(b.get(), 0xa5);
+        assert!(!b.line.level(12));
+    }
+
+    #[test]
+    fn reset_by_pulse_and_by_output_port() {
+        let mut b = bench();
+        b.command(0xff);
+        assert!(lock(&b.events.0).is_empty());
+        b.command(0xfe);
+        b.command(0xd1);
+        b.data(0x02);
+        assert_eq!(*lock(&b.events.0), [MachineEvent::Reset, MachineEvent::Reset]);
+        b.command(0xd0);
+        assert_eq!(b.get(), OUTPUT_RESET | OUTPUT_A20);
+    }
+
+    #[test]
+    fn answers_are_bounded() {
+        let mut b = bench();
+        (0..1000).for_each(|_| b.command(0x20));
+        assert_eq!(b.controller.answers.len(), QUEUE);
+    }
+}

@@ -195,3 +195,151 @@ fn message(entry: u64) -> InterruptMessage {
         level: is_vectored && entry & RTE_LEVEL != 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Log {
+        messages: Vec<InterruptMessage>,
+        reject: bool,
+    }
+
+    impl MessageSink for Log {
+        fn deliver(&mut self, message: &InterruptMessage) -> bool {
+            self.messages.push(*message);
+            !self.reject
+        }
+    }
+
+    fn write_entry(apic: &mut IoApic, pin: u8, entry: u64, log: &mut Log) {
+        for (half, value) in [(1, (entry >> 32) as u32), (0, entry as u32)] {
+            apic.mmio_write(REG_SELECT, u32::from(0x10 + pin * 2 + half), log);
+            apic.mmio_write(REG_WINDOW, value, log);
+        }
+    }
+
+    fn read_low(apic: &mut IoApic, pin: u8) -> u32 {
+        apic.mmio_write(REG_SELECT, u32::from(0x10 + pin * 2), &mut Log::default());
+        apic.mmio_read(REG_WINDOW)
+    }
+
+    #[test]
+    fn registers_after_reset() {
+        // 82093AA §3.2: version with 23 as the last entry, entries masked.
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        apic.mmio_write(REG_SELECT, 1, &mut log);
+        assert_eq!(apic.mmio_read(REG_WINDOW), 0x0017_0020);
+        for pin in 0..24 {
+            assert_eq!(read_low(&mut apic, pin), 0x1_0000);
+        }
+        apic.mmio_write(REG_SELECT, 0, &mut log);
+        apic.mmio_write(REG_WINDOW, 0xffff_ffff, &mut log);
+        assert_eq!(apic.mmio_read(REG_WINDOW), 0x0f00_0000);
+        // Past the last entry there is nothing.
+        apic.mmio_write(REG_SELECT, 0x40, &mut log);
+        assert_eq!(apic.mmio_read(REG_WINDOW), 0);
+    }
+
+    #[test]
+    fn reserved_and_read_only_bits() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        write_entry(&mut apic, 3, u64::MAX, &mut log);
+        assert_eq!(read_low(&mut apic, 3), 0x0001_afff);
+        apic.mmio_write(REG_SELECT, 0x17, &mut log);
+        assert_eq!(apic.mmio_read(REG_WINDOW), 0xff00_0000);
+    }
+
+    #[test]
+    fn edges_are_sent_once_and_lost_while_masked() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        write_entry(&mut apic, 4, 3 << 56 | 0x31, &mut log);
+        apic.set_pin(4, true, &mut log);
+        apic.set_pin(4, true, &mut log);
+        apic.set_pin(4, false, &mut log);
+        let expected = InterruptMessage {
+            destination: Destination::Physical(3),
+            delivery: DeliveryMode::Fixed,
+            vector: 0x31,
+            level: false,
+        };
+        assert_eq!(log.messages, [expected]);
+        write_entry(&mut apic, 4, RTE_MASKED | 0x31, &mut log);
+        apic.set_pin(4, true, &mut log);
+        write_entry(&mut apic, 4, 0x31, &mut log);
+        assert_eq!(log.messages.len(), 1);
+    }
+
+    #[test]
+    fn a_level_stays_in_service_until_eoi() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        write_entry(&mut apic, 9, RTE_LEVEL | RTE_LOGICAL | 1 << 56 | 0x45, &mut log);
+        apic.set_pin(9, true, &mut log);
+        assert_eq!(log.messages.len(), 1);
+        assert_eq!(log.messages[0].destination, Destination::Logical(1));
+        assert!(log.messages[0].level);
+        assert_eq!(u64::from(read_low(&mut apic, 9)) & RTE_REMOTE_IRR, RTE_REMOTE_IRR);
+        // An EOI of another vector does nothing; of this one sends it again.
+        apic.end_of_interrupt(0x44, &mut log);
+        assert_eq!(log.messages.len(), 1);
+        apic.end_of_interrupt(0x45, &mut log);
+        assert_eq!(log.messages.len(), 2);
+        apic.set_pin(9, false, &mut log);
+        // The EOI register does the same.
+        apic.mmio_write(REG_EOI, 0x45, &mut log);
+        assert_eq!((log.messages.len(), u64::from(read_low(&mut apic, 9)) & RTE_REMOTE_IRR), (2, 0));
+    }
+
+    #[test]
+    fn a_level_that_nobody_accepts_is_not_in_service() {
+        let mut apic = IoApic::new();
+        let mut log = Log { reject: true, ..Log::default() };
+        write_entry(&mut apic, 9, RTE_LEVEL | 0x45, &mut log);
+        apic.set_pin(9, true, &mut log);
+        assert_eq!(u64::from(read_low(&mut apic, 9)) & RTE_REMOTE_IRR, 0);
+    }
+
+    #[test]
+    fn unmasking_an_asserted_level_sends_it_and_edge_mode_ends_it() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        apic.set_pin(9, true, &mut log);
+        write_entry(&mut apic, 9, RTE_LEVEL | 0x45, &mut log);
+        assert_eq!(log.messages.len(), 1);
+        write_entry(&mut apic, 9, RTE_MASKED | 0x45, &mut log);
+        assert_eq!(u64::from(read_low(&mut apic, 9)) & RTE_REMOTE_IRR, 0);
+    }
+
+    #[test]
+    fn polarity() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        // A PCI pin is active-low by wire; with the matching entry, asserting interrupts.
+        write_entry(&mut apic, 17, RTE_LEVEL | RTE_ACTIVE_LOW | 0x51, &mut log);
+        assert!(log.messages.is_empty());
+        apic.set_pin(17, true, &mut log);
+        assert_eq!(log.messages.len(), 1);
+        // An ISA pin with active-low polarity interrupts while idle.
+        write_entry(&mut apic, 5, RTE_LEVEL | RTE_ACTIVE_LOW | 0x52, &mut log);
+        assert_eq!(log.messages.len(), 2);
+    }
+
+    #[test]
+    fn nmi_and_broadcast_entries() {
+        let mut apic = IoApic::new();
+        let mut log = Log::default();
+        write_entry(&mut apic, 2, 0xff << 56 | 4 << 8, &mut log);
+        apic.set_pin(2, true, &mut log);
+        assert_eq!(log.messages[0].delivery, DeliveryMode::Nmi);
+        assert_eq!(log.messages[0].destination, Destination::All);
+        // Pins that do not exist are nobody's.
+        apic.set_pin(24, true, &mut log);
+        apic.set_pin(usize::MAX, true, &mut log);
+        assert_eq!(log.messages.len(), 1);
+    }
+}

@@ -1055,3 +1055,6 @@ fn truncate(value: u64, size: u8) -> u64 {
         _ => value,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -334,3 +334,149 @@ impl Default for DualPic {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The initialisation that PC systems do: vectors 0x20 and 0x28, cascade on 2, all unmasked.
+    fn initialised() -> DualPic {
+        let mut pic = DualPic::new();
+        for (port, icws) in [(0x20, [0x11, 0x20, 4, 1]), (0xa0, [0x11, 0x28, 2, 1])] {
+            pic.write(port, icws[0]);
+            icws[1..].iter().for_each(|icw| pic.write(port + 1, *icw));
+            pic.write(port + 1, 0);
+        }
+        pic
+    }
+
+    #[test]
+    fn masked_until_initialised() {
+        let mut pic = DualPic::new();
+        pic.set_irq(0, true);
+        assert!(!pic.intr());
+        assert_eq!(pic.read(0x21), Some(0xff));
+        assert_eq!(pic.read(0x22), None);
+    }
+
+    #[test]
+    fn fully_nested_priorities_and_non_specific_eoi() {
+        let mut pic = initialised();
+        pic.set_irq(5, true);
+        pic.set_irq(3, true);
+        assert_eq!(pic.acknowledge(), 0x23);
+        // 5 is below 3, which is in service.
+        assert!(!pic.intr());
+        pic.set_irq(1, true);
+        assert_eq!(pic.acknowledge(), 0x21);
+        pic.write(0x20, 0x20);
+        assert!(!pic.intr());
+        pic.write(0x20, 0x20);
+        assert_eq!(pic.acknowledge(), 0x25);
+        // ISR by OCW3.
+        pic.write(0x20, 0x0b);
+        assert_eq!(pic.read(0x20), Some(1 << 5));
+        pic.write(0x20, 0x0a);
+        assert_eq!(pic.read(0x20), Some(0));
+    }
+
+    #[test]
+    fn slave_interrupts_come_through_the_cascade() {
+        let mut pic = initialised();
+        pic.set_irq(8, true);
+        assert!(pic.intr());
+        assert_eq!(pic.acknowledge(), 0x28);
+        pic.set_irq(12, true);
+        assert!(!pic.intr());
+        pic.write(0xa0, 0x20);
+        pic.write(0x20, 0x20);
+        assert_eq!(pic.acknowledge(), 0x2c);
+    }
+
+    #[test]
+    fn an_edge_that_goes_away_is_spurious() {
+        let mut pic = initialised();
+        pic.set_irq(4, true);
+        pic.set_irq(4, false);
+        assert_eq!(pic.acknowledge(), 0x27);
+        pic.write(0x20, 0x0b);
+        assert_eq!(pic.read(0x20), Some(0), "a spurious interrupt sets no ISR bit");
+    }
+
+    #[test]
+    fn an_edge_interrupts_once_a_level_again() {
+        let mut pic = initialised();
+        pic.set_irq(5, true);
+        assert_eq!(pic.acknowledge(), 0x25);
+        pic.write(0x20, 0x65);
+        assert!(!pic.intr());
+        pic.set_irq(5, false);
+        pic.write(0x4d0, 0xff);
+        assert_eq!(pic.read(0x4d0), Some(0xf8), "lines 0-2 are always edges");
+        pic.set_irq(5, true);
+        assert_eq!(pic.acknowledge(), 0x25);
+        pic.write(0x20, 0x65);
+        assert!(pic.intr());
+        pic.set_irq(5, false);
+        assert!(!pic.intr());
+    }
+
+    #[test]
+    fn the_mask_holds_requests_back() {
+        let mut pic = initialised();
+        pic.write(0x21, 0x10);
+        pic.set_irq(4, true);
+        assert!(!pic.intr());
+        pic.write(0x21, 0);
+        assert_eq!(pic.acknowledge(), 0x24);
+    }
+
+    #[test]
+    fn rotation_changes_priorities() {
+        let mut pic = initialised();
+        // Lowest is 4, so 5 is highest.
+        pic.write(0x20, 0xc4);
+        pic.set_irq(0, true);
+        pic.set_irq(5, true);
+        assert_eq!(pic.acknowledge(), 0x25);
+        // Rotate on non-specific EOI: 5 becomes the lowest.
+        pic.write(0x20, 0xa0);
+        pic.set_irq(5, false);
+        pic.set_irq(5, true);
+        assert_eq!(pic.acknowledge(), 0x20);
+    }
+
+    #[test]
+    fn auto_eoi_leaves_nothing_in_service() {
+        let mut pic = DualPic::new();
+        for value in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 3), (0x21, 0)] {
+            pic.write(value.0, value.1);
+        }
+        pic.set_irq(1, true);
+        assert_eq!(pic.acknowledge(), 0x21);
+        pic.set_irq(6, true);
+        assert_eq!(pic.acknowledge(), 0x26);
+    }
+
+    #[test]
+    fn poll_mode_answers_in_the_read() {
+        let mut pic = initialised();
+        pic.set_irq(6, true);
+        pic.write(0x20, 0x0c);
+        assert_eq!(pic.read(0x20), Some(0x86));
+        pic.write(0x20, 0x0c);
+        assert_eq!(pic.read(0x20), Some(0));
+    }
+
+    #[test]
+    fn special_mask_mode_lets_lower_priorities_in() {
+        let mut pic = initialised();
+        pic.set_irq(1, true);
+        assert_eq!(pic.acknowledge(), 0x21);
+        pic.set_irq(6, true);
+        assert!(!pic.intr());
+        pic.write(0x20, 0x68);
+        pic.write(0x21, 1 << 1);
+        assert_eq!(pic.acknowledge(), 0x26);
+    }
+}

@@ -312,7 +312,7 @@ impl Pit {
     /// Reads port 0x61.
     pub fn read_port61(&self) -> u8 {
         let now = self.clock.now_ns();
-        let refresh = (now / REFRESH_NS & 1) as u8;
+        let refresh = ((now / REFRESH_NS) & 1) as u8;
         self.port61 & 0xe
             | u8::from(self.channels[2].gate)
             | refresh << 4
@@ -364,5 +364,189 @@ impl TimedDevice for Pit {
 
     fn next_deadline(&self) -> Option<u64> {
         self.next_irq
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::device::testing::LineLog;
+
+    struct Bench {
+        pit: Pit,
+        clock: Arc<ManualClock>,
+        line: Arc<LineLog>,
+    }
+
+    fn bench() -> Bench {
+        let clock = Arc::new(ManualClock::default());
+        let line = Arc::new(LineLog::default());
+        let pit = Pit::new(clock.clone(), IrqLine::new(line.clone(), 0));
+        Bench { pit, clock, line }
+    }
+
+    impl Bench {
+        fn out(&mut self, port: u16, value: u32) {
+            self.pit.write(port - 0x40, 1, value);
+        }
+        fn inb(&mut self, port: u16) -> u32 {
+            self.pit.read(port - 0x40, 1)
+        }
+        /// Lets `clocks` of the timer's input pass.
+        fn pass(&mut self, clocks: u64) {
+            let ns = mul_div_up(clocks, NS_PER_SEC, PIT_HZ);
+            self.clock.advance_ns(ns);
+            self.pit.tick(self.clock.now_ns());
+        }
+        fn count(&mut self, channel: u16) -> u32 {
+            self.out(0x43, u32::from(channel) << 6);
+            self.inb(0x40 + channel) | self.inb(0x40 + channel) << 8
+        }
+        fn status(&mut self, channel: u16) -> u32 {
+            self.out(0x43, 0xe0 | 2 << channel);
+            self.inb(0x40 + channel)
+        }
+        fn rises(&self) -> usize {
+            self.line.take().iter().filter(|(_, level)| *level).count()
+        }
+    }
+
+    #[test]
+    fn mode_0_interrupts_on_terminal_count() {
+        let mut b = bench();
+        b.out(0x43, 0x30);
+        b.out(0x40, 0xe8);
+        b.out(0x40, 0x03);
+        assert_eq!(b.rises(), 0);
+        b.pass(400);
+        assert_eq!(b.count(0), 600);
+        assert_eq!(b.pit.next_deadline(), Some(mul_div_up(1000, NS_PER_SEC, PIT_HZ)));
+        b.pass(600);
+        assert_eq!(b.rises(), 1);
+        // The count goes on, wrapped.
+        b.pass(1);
+        assert!(b.count(0) >= 0xfffe);
+        assert_eq!(b.pit.next_deadline(), None);
+    }
+
+    #[test]
+    fn mode_2_interrupts_periodically() {
+        let mut b = bench();
+        b.out(0x43, 0x34);
+        b.out(0x40, 0xa9);
+        b.out(0x40, 0x04);
+        let _ = b.rises();
+        for _ in 0..5 {
+            let due = b.pit.next_deadline().unwrap();
+            b.pit.tick(due - 1);
+            assert_eq!(b.rises(), 0);
+            b.clock.set_ns(due);
+            b.pit.tick(due);
+            assert_eq!(b.rises(), 1);
+        }
+        // 5 periods of 1193 clocks.
+        assert_eq!(b.clock.now_ns(), mul_div_up(5 * 1193, NS_PER_SEC, PIT_HZ));
+    }
+
+    #[test]
+    fn mode_3_out_is_a_square_wave() {
+        let mut b = bench();
+        b.out(0x43, 0x36);
+        b.out(0x40, 100);
+        b.out(0x40, 0);
+        // Status: OUT, null count clear, access 3, mode 3 (8254 datasheet, read-back).
+        assert_eq!(b.status(0), 0x80 | 0x36);
+        b.pass(51);
+        assert_eq!(b.status(0), 0x36);
+        b.pass(50);
+        assert_eq!(b.status(0), 0x80 | 0x36);
+        // The count goes down by two.
+        assert_eq!(b.count(0), 98);
+    }
+
+    #[test]
+    fn a_latched_count_stays_until_read() {
+        let mut b = bench();
+        b.out(0x43, 0x34);
+        b.out(0x40, 0);
+        b.out(0x40, 0);
+        b.pass(0x1000);
+        b.out(0x43, 0x00);
+        b.pass(0x1000);
+        // The second latch command is ignored.
+        b.out(0x43, 0x00);
+        assert_eq!(b.inb(0x40) | b.inb(0x40) << 8, 0xf000);
+        assert_eq!(b.inb(0x40) | b.inb(0x40) << 8, 0xe000);
+    }
+
+    #[test]
+    fn status_says_when_no_count_is_loaded() {
+        let mut b = bench();
+        b.out(0x43, 0x12);
+        assert_eq!(b.status(0), 0x80 | 0x40 | 0x12);
+        b.out(0x40, 5);
+        assert_eq!(b.status(0) & 0x40, 0);
+    }
+
+    #[test]
+    fn bcd_counts() {
+        let mut b = bench();
+        b.out(0x43, 0x31);
+        b.out(0x40, 0x00);
+        b.out(0x40, 0x10);
+        b.pass(1);
+        assert_eq!(b.count(0), 0x0999);
+    }
+
+    #[test]
+    fn channel_2_gate_and_out_are_in_port_61() {
+        let mut b = bench();
+        b.out(0x43, 0xb0);
+        b.out(0x42, 0x64);
+        b.out(0x42, 0);
+        // Gate low: mode 0 does not count.
+        b.pass(1000);
+        assert_eq!(b.pit.read_port61() & 0x21, 0);
+        assert_eq!(b.count(2), 100);
+        b.pit.write_port61(0x01);
+        b.pass(50);
+        assert_eq!(b.pit.read_port61() & 0x21, 0x01);
+        b.pit.write_port61(0x00);
+        b.pass(500);
+        b.pit.write_port61(0x01);
+        b.pass(49);
+        assert_eq!(b.pit.read_port61() & 0x21, 0x01);
+        b.pass(2);
+        assert_eq!(b.pit.read_port61() & 0x21, 0x21);
+        // Bits 1 to 3 read back, the refresh bit toggles.
+        b.pit.write_port61(0x0e);
+        let first = b.pit.read_port61();
+        b.clock.advance_ns(REFRESH_NS);
+        assert_eq!((first & 0x0f, (first ^ b.pit.read_port61()) & 0x10), (0x0e, 0x10));
+    }
+
+    #[test]
+    fn mode_1_starts_with_the_gate() {
+        let mut b = bench();
+        b.out(0x43, 0xb2);
+        b.out(0x42, 10);
+        b.out(0x42, 0);
+        assert_eq!(b.pit.read_port61() & 0x20, 0x20);
+        b.pit.write_port61(1);
+        assert_eq!(b.pit.read_port61() & 0x20, 0);
+        b.pass(10);
+        assert_eq!(b.pit.read_port61() & 0x20, 0x20);
+    }
+
+    #[test]
+    fn a_tiny_period_does_not_occupy_l0() {
+        let mut b = bench();
+        b.out(0x43, 0x14);
+        b.out(0x40, 1);
+        let due = b.pit.next_deadline().unwrap();
+        b.clock.set_ns(due);
+        b.pit.tick(due);
+        assert!(b.pit.next_deadline().unwrap() >= due + MIN_PERIOD_NS);
     }
 }

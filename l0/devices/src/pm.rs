@@ -107,7 +107,7 @@ impl PowerManagement {
 impl PioDevice for PowerManagement {
     fn read(&mut self, offset: u16, size: u8) -> u32 {
         if offset >= PM_TIMER {
-            return (self.timer() as u32) >> (u32::from(offset - PM_TIMER) * 8 & 31);
+            return (self.timer() as u32) >> (u32::from(offset - PM_TIMER) * 8).min(31);
         }
         self.update_carry();
         (0..u16::from(size.min(4))).fold(0, |acc, i| acc | u32::from(self.read_byte(offset + i)) << (i * 8))
@@ -151,5 +151,104 @@ impl TimedDevice for PowerManagement {
     fn next_deadline(&self) -> Option<u64> {
         let wanted = self.enable & STS_TIMER != 0 && self.status & STS_TIMER == 0;
         wanted.then(|| mul_div_up((self.carries + 1).saturating_mul(TIMER_CARRY), NS_PER_SEC, PM_TIMER_HZ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::device::{
+        lock,
+        testing::{EventLog, LineLog},
+    };
+
+    struct Bench {
+        pm: PowerManagement,
+        clock: Arc<ManualClock>,
+        line: Arc<LineLog>,
+        events: Arc<EventLog>,
+    }
+
+    fn bench() -> Bench {
+        let clock = Arc::new(ManualClock::default());
+        let line = Arc::new(LineLog::default());
+        let events = Arc::new(EventLog::default());
+        let pm = PowerManagement::new(clock.clone(), IrqLine::new(line.clone(), 9), events.clone());
+        Bench { pm, clock, line, events }
+    }
+
+    #[test]
+    fn timer_runs_at_its_frequency() {
+        let mut b = bench();
+        b.clock.set_ns(NS_PER_SEC);
+        assert_eq!(b.pm.read(PM_TIMER, 4), 3_579_545);
+        // Ten minutes: only by then has a 24-bit timer wrapped many times, a 32-bit one not.
+        b.clock.set_ns(600 * NS_PER_SEC);
+        assert_eq!(b.pm.read(PM_TIMER, 4), 2_147_727_000);
+    }
+
+    #[test]
+    fn sci_en_is_always_set() {
+        let mut b = bench();
+        assert_eq!(b.pm.read(PM1_CONTROL, 2), 1);
+        b.pm.write(PM1_CONTROL, 2, 0);
+        assert_eq!(b.pm.read(PM1_CONTROL, 2), 1);
+    }
+
+    #[test]
+    fn sleep_type_5_powers_off() {
+        // §4.8.3.2.1: SLP_TYPx bits 12:10, SLP_EN bit 13 (write-only).
+        let mut b = bench();
+        b.pm.write(PM1_CONTROL, 2, 5 << 10);
+        b.pm.write(PM1_CONTROL, 2, 1 << 13);
+        assert!(lock(&b.events.0).is_empty());
+        b.pm.write(PM1_CONTROL, 2, 5 << 10 | 1 << 13);
+        assert_eq!(*lock(&b.events.0), [MachineEvent::PowerOff]);
+        assert_eq!(b.pm.read(PM1_CONTROL, 2), 5 << 10 | 1);
+        // As bytes: the type first, then with the enable bit.
+        b.pm.write(PM1_CONTROL + 1, 1, 0x34);
+        assert_eq!(lock(&b.events.0).len(), 2);
+    }
+
+    #[test]
+    fn power_button_interrupts_until_cleared() {
+        // §4.8.2.2.1.1, Table 4.11: PWRBTN_STS and PWRBTN_EN are bit 8.
+        let mut b = bench();
+        b.pm.press_power_button();
+        assert!(!b.line.level(9));
+        b.pm.write(2, 2, 1 << 8);
+        assert!(b.line.level(9));
+        assert_eq!(b.pm.read(0, 4), 1 << 24 | 1 << 8);
+        // Writing zero clears nothing; a one in the high byte does.
+        b.pm.write(0, 2, 0);
+        assert!(b.line.level(9));
+        b.pm.write(1, 1, 1);
+        assert!(!b.line.level(9));
+        assert_eq!((b.pm.read(0, 2), b.pm.read(2, 2)), (0, 1 << 8));
+    }
+
+    #[test]
+    fn timer_carry_interrupts() {
+        // §4.8.3.3: TMR_STS is set when the most significant bit changes.
+        let mut b = bench();
+        b.pm.write(2, 2, 1);
+        let due = b.pm.next_deadline().unwrap();
+        assert_eq!(due, mul_div_up(1 << 31, NS_PER_SEC, PM_TIMER_HZ));
+        b.clock.set_ns(due);
+        b.pm.tick(due);
+        assert!(b.line.level(9));
+        assert_eq!(b.pm.next_deadline(), None);
+        b.pm.write(0, 2, 1);
+        assert!(!b.line.level(9));
+        assert_eq!(b.pm.next_deadline(), Some(mul_div_up(1 << 32, NS_PER_SEC, PM_TIMER_HZ)));
+    }
+
+    #[test]
+    fn a_32_bit_write_reaches_both_registers() {
+        let mut b = bench();
+        b.pm.press_power_button();
+        b.pm.write(0, 4, 1 << 24 | 1 << 8);
+        assert_eq!(b.pm.read(0, 4), 1 << 24);
     }
 }

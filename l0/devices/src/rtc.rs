@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use time::{Date, Month, OffsetDateTime, Time, UtcDateTime};
 
-use crate::clock::{Clock, NS_PER_SEC};
+use crate::clock::{Clock, NS_PER_SEC, mul_div, mul_div_up};
 use crate::device::{IrqLine, PioDevice, TimedDevice};
 
 const REG_SECONDS: u8 = 0x00;
@@ -157,7 +157,7 @@ impl Rtc {
     // ---- encodings ----------------------------------------------------------------------
 
     fn encode(&self, value: u8) -> u8 {
-        if self.byte(REG_B) & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.byte(REG_B) & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -173,7 +173,7 @@ impl Rtc {
         if self.byte(REG_B) & B_24_HOURS != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(twelve) | if hour >= 12 { 0x80 } else { 0 }
     }
 
@@ -187,15 +187,15 @@ impl Rtc {
 
     // ---- time passing -------------------------------------------------------------------
 
-    /// Nanoseconds between periodic interrupts (MC146818A Table 5); `None` when off.
-    fn period_ns(&self) -> Option<u64> {
+    /// Frequency of the periodic interrupt in hertz (MC146818A Table 5); `None` when off.
+    fn periodic_hz(&self) -> Option<u64> {
         // Rates 1 and 2 are those of 8 and 9 with a 32.768 kHz time base.
         let rate = match self.byte(REG_A) & 0xf {
             0 => return None,
             low @ 1..=2 => low + 7,
             rate => rate,
         };
-        Some((NS_PER_SEC << (rate - 1)) / 32_768)
+        Some(32_768 >> (rate - 1))
     }
 
     /// Whether an alarm byte matches: 11xxxxxx is "don't care".
@@ -231,7 +231,8 @@ impl Rtc {
         if now <= before || self.divider_held() {
             return;
         }
-        if self.period_ns().is_some_and(|period| now / period != before / period) {
+        let ticks = |at, hz| mul_div(at, hz, NS_PER_SEC);
+        if self.periodic_hz().is_some_and(|hz| ticks(now, hz) != ticks(before, hz)) {
             self.flags |= FLAG_PERIODIC;
         }
         if self.stopped.is_none() && now / NS_PER_SEC != before / NS_PER_SEC {
@@ -387,9 +388,9 @@ impl TimedDevice for Rtc {
         let seconds = self.seen_ns / NS_PER_SEC;
         let running = self.stopped.is_none();
         let periodic = self
-            .period_ns()
+            .periodic_hz()
             .filter(|_| enabled & FLAG_PERIODIC != 0)
-            .map(|period| (self.seen_ns / period + 1).saturating_mul(period));
+            .map(|hz| mul_div_up(mul_div(self.seen_ns, hz, NS_PER_SEC) + 1, NS_PER_SEC, hz));
         let update =
             (running && enabled & FLAG_UPDATE != 0).then(|| (seconds + 1).saturating_mul(NS_PER_SEC));
         let alarm = Some(seconds)
@@ -398,5 +399,180 @@ impl TimedDevice for Rtc {
             .map(|s| s.saturating_mul(NS_PER_SEC));
         let wall = [periodic, update, alarm].into_iter().flatten().min()?;
         Some(wall.wrapping_sub(self.base_ns))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::device::testing::LineLog;
+
+    /// 2024-02-29 23:59:58 UTC, a Thursday.
+    const START: u64 = 1_709_251_198;
+
+    struct Bench {
+        rtc: Rtc,
+        clock: Arc<ManualClock>,
+        line: Arc<LineLog>,
+    }
+
+    fn bench() -> Bench {
+        let clock = Arc::new(ManualClock::default());
+        let line = Arc::new(LineLog::default());
+        let irq = IrqLine::new(line.clone(), 8);
+        let rtc = Rtc::new(clock.clone(), irq, START * NS_PER_SEC, 3 << 30, 5 << 30);
+        Bench { rtc, clock, line }
+    }
+
+    impl Bench {
+        fn get(&mut self, register: u8) -> u8 {
+            self.rtc.write(0, 1, register.into());
+            self.rtc.read(1, 1) as u8
+        }
+        fn set(&mut self, register: u8, value: u8) {
+            self.rtc.write(0, 1, register.into());
+            self.rtc.write(1, 1, value.into());
+        }
+        fn now(&mut self) -> [u8; 8] {
+            [REG_CENTURY, REG_YEAR, REG_MONTH, REG_DAY, REG_WEEKDAY, REG_HOURS, REG_MINUTES, REG_SECONDS]
+                .map(|register| self.get(register))
+        }
+        fn advance_ms(&mut self, ms: u64) {
+            self.clock.advance_ns(ms * 1_000_000);
+            self.rtc.tick(self.clock.now_ns());
+        }
+    }
+
+    #[test]
+    fn time_in_bcd_and_over_the_end_of_february() {
+        let mut b = bench();
+        assert_eq!(b.now(), [0x20, 0x24, 0x02, 0x29, 5, 0x23, 0x59, 0x58]);
+        b.advance_ms(2_000);
+        assert_eq!(b.now(), [0x20, 0x24, 0x03, 0x01, 6, 0x00, 0x00, 0x00]);
+    }
+
+    #[test]
+    fn binary_and_12_hour_modes() {
+        let mut b = bench();
+        b.set(REG_B, B_BINARY);
+        // 11 pm: 11 with bit 7.
+        assert_eq!(b.now(), [20, 24, 2, 29, 5, 0x80 | 11, 59, 58]);
+        b.advance_ms(2_000);
+        // Midnight is 12 am.
+        assert_eq!(b.get(REG_HOURS), 12);
+        b.set(REG_HOURS, 0x80 | 12);
+        b.set(REG_B, B_24_HOURS);
+        assert_eq!(b.get(REG_HOURS), 0x12);
+    }
+
+    #[test]
+    fn setting_the_time_with_updates_stopped() {
+        let mut b = bench();
+        b.set(REG_B, B_SET | B_24_HOURS);
+        b.advance_ms(5_000);
+        assert_eq!(b.get(REG_SECONDS), 0x58, "SET stops the updates");
+        for (register, value) in [(REG_YEAR, 0x31), (REG_MONTH, 0x12), (REG_DAY, 0x31), (REG_HOURS, 0x10)] {
+            b.set(register, value);
+        }
+        b.set(REG_B, B_24_HOURS);
+        b.advance_ms(3_000);
+        // 10:59:58 and three seconds; 2031-12-31 is a Wednesday.
+        assert_eq!(b.now(), [0x20, 0x31, 0x12, 0x31, 4, 0x11, 0x00, 0x01]);
+    }
+
+    #[test]
+    fn impossible_dates_become_possible_ones() {
+        let mut b = bench();
+        for register in [REG_MONTH, REG_DAY, REG_HOURS, REG_MINUTES, REG_SECONDS, REG_YEAR, REG_CENTURY] {
+            b.set(register, 0xff);
+        }
+        let month = b.get(REG_MONTH);
+        assert!((1..=0x12).contains(&month), "{month:#x}");
+    }
+
+    #[test]
+    fn update_in_progress_shows_before_each_second() {
+        // MC146818A Figure 16: 244 µs of notice.
+        let mut b = bench();
+        assert_eq!(b.get(REG_A), 0x26);
+        b.clock.set_ns(NS_PER_SEC - 244_000);
+        assert_eq!(b.get(REG_A), 0xa6);
+        b.clock.set_ns(NS_PER_SEC);
+        assert_eq!(b.get(REG_A), 0x26);
+    }
+
+    #[test]
+    fn periodic_interrupt() {
+        let mut b = bench();
+        b.set(REG_B, B_24_HOURS | FLAG_PERIODIC);
+        // Rate 6 is 1024 Hz.
+        assert_eq!(b.rtc.next_deadline(), Some(976_563));
+        b.clock.set_ns(976_563);
+        b.rtc.tick(976_563);
+        assert!(b.line.level(8));
+        assert_eq!(b.rtc.next_deadline(), None, "nothing more until register C is read");
+        assert_eq!(b.get(REG_C), C_IRQ | FLAG_PERIODIC);
+        assert!(!b.line.level(8));
+        assert_eq!(b.get(REG_C), 0);
+        assert_eq!(b.rtc.next_deadline(), Some(1_953_125));
+    }
+
+    #[test]
+    fn flags_are_set_without_their_interrupts() {
+        let mut b = bench();
+        b.clock.advance_ns(NS_PER_SEC);
+        assert_eq!(b.get(REG_C), FLAG_PERIODIC | FLAG_UPDATE);
+        assert!(!b.line.level(8));
+    }
+
+    #[test]
+    fn alarm_interrupt() {
+        let mut b = bench();
+        b.set(REG_SECONDS_ALARM, 0x30);
+        b.set(REG_MINUTES_ALARM, 0x01);
+        b.set(REG_HOURS_ALARM, 0xff);
+        b.set(REG_B, B_24_HOURS | FLAG_ALARM);
+        // At 00:01:30, 92 s from now, and an hour after it again.
+        assert_eq!(b.rtc.next_deadline(), Some(92 * NS_PER_SEC));
+        b.advance_ms(91_999);
+        assert!(!b.line.level(8));
+        b.advance_ms(1);
+        assert!(b.line.level(8));
+        let flags = b.get(REG_C);
+        assert_eq!(flags & (C_IRQ | FLAG_ALARM), C_IRQ | FLAG_ALARM);
+        assert_eq!(b.rtc.next_deadline(), Some((92 + 3600) * NS_PER_SEC));
+    }
+
+    #[test]
+    fn an_impossible_alarm_never_comes() {
+        let mut b = bench();
+        b.set(REG_HOURS_ALARM, 0x25);
+        b.set(REG_B, B_24_HOURS | FLAG_ALARM);
+        assert_eq!(b.rtc.next_deadline(), None);
+    }
+
+    #[test]
+    fn update_interrupt_and_set_clears_it() {
+        let mut b = bench();
+        b.set(REG_B, B_24_HOURS | FLAG_UPDATE);
+        assert_eq!(b.rtc.next_deadline(), Some(NS_PER_SEC));
+        b.advance_ms(1_000);
+        assert_eq!(b.get(REG_C) & (C_IRQ | FLAG_UPDATE), C_IRQ | FLAG_UPDATE);
+        b.set(REG_B, B_SET | FLAG_UPDATE);
+        assert_eq!(b.get(REG_B), B_SET);
+    }
+
+    #[test]
+    fn cmos_memory_sizes() {
+        let mut b = bench();
+        assert_eq!([b.get(0x15), b.get(0x16)], [0x80, 0x02]);
+        assert_eq!([b.get(0x30), b.get(0x31)], [0xff, 0xff]);
+        // (3 GiB - 16 MiB) / 64 KiB = 0xbf00; 5 GiB / 64 KiB = 0x14000.
+        assert_eq!([b.get(0x34), b.get(0x35)], [0x00, 0xbf]);
+        assert_eq!([b.get(0x5b), b.get(0x5c), b.get(0x5d)], [0x00, 0x40, 0x01]);
+        b.set(0x40, 0x5a);
+        assert_eq!((b.get(0x40), b.get(0xc0)), (0x5a, 0x5a));
+        assert_eq!(b.get(REG_D), D_VALID);
     }
 }

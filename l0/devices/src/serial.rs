@@ -321,3 +321,213 @@ impl Drop for Serial {
         self.flush();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::device::lock;
+    use crate::device::testing::LineLog;
+    use std::sync::Mutex;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            lock(&self.0).extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Bench {
+        uart: Serial,
+        clock: Arc<ManualClock>,
+        line: Arc<LineLog>,
+        sink: Sink,
+    }
+
+    fn bench() -> Bench {
+        let clock = Arc::new(ManualClock::default());
+        let line = Arc::new(LineLog::default());
+        let sink = Sink::default();
+        let uart = Serial::new(clock.clone(), IrqLine::new(line.clone(), 4), Box::new(sink.clone()));
+        Bench { uart, clock, line, sink }
+    }
+
+    impl Bench {
+        fn get(&mut self, register: u16) -> u8 {
+            self.uart.read(register, 1) as u8
+        }
+        fn set(&mut self, register: u16, value: u8) {
+            self.uart.write(register, 1, value.into());
+        }
+        fn irq(&self) -> bool {
+            self.line.level(4)
+        }
+        fn sent(&self) -> Vec<u8> {
+            lock(&self.sink.0).clone()
+        }
+        /// FIFOs on with `trigger` bits, OUT2 and RTS on.
+        fn open(&mut self, fcr: u8) {
+            self.set(2, fcr);
+            self.set(4, MCR_OUT2 | MCR_RTS | MCR_DTR);
+        }
+    }
+
+    #[test]
+    fn output_is_handed_on_by_line_and_by_time() {
+        let mut b = bench();
+        b"hi\nthere".iter().for_each(|byte| b.set(0, *byte));
+        assert_eq!(b.sent(), b"hi\n");
+        assert_eq!(b.uart.next_deadline(), Some(FLUSH_NS));
+        b.clock.set_ns(FLUSH_NS);
+        b.uart.tick(FLUSH_NS);
+        assert_eq!((b.sent(), b.uart.next_deadline()), (b"hi\nthere".to_vec(), None));
+        assert_eq!(b.get(5), 0x60);
+    }
+
+    #[test]
+    fn waiting_output_is_bounded_and_survives_the_end() {
+        let mut b = bench();
+        (0..OUTPUT_BUFFER + 5).for_each(|_| b.set(0, b'x'));
+        assert_eq!(b.sent().len(), OUTPUT_BUFFER);
+        let sink = b.sink.clone();
+        drop(b);
+        assert_eq!(lock(&sink.0).len(), OUTPUT_BUFFER + 5);
+    }
+
+    #[test]
+    fn divisor_latch() {
+        let mut b = bench();
+        b.set(3, 0x83);
+        b.set(0, 0x34);
+        b.set(1, 0x12);
+        assert_eq!((b.get(0), b.get(1)), (0x34, 0x12));
+        b.set(3, 0x03);
+        assert_eq!((b.get(1), b.get(3)), (0, 3));
+        assert!(b.sent().is_empty());
+    }
+
+    #[test]
+    fn the_transmit_interrupt_is_cleared_by_reading_it() {
+        // PC16550D Table III: THRE is reset by reading IIR (if it is the source) or writing THR.
+        let mut b = bench();
+        b.open(0);
+        b.set(1, IER_TRANSMIT);
+        assert!(b.irq());
+        assert_eq!(b.get(2), IIR_TRANSMIT);
+        assert!(!b.irq());
+        assert_eq!(b.get(2), IIR_NONE);
+        b.set(0, b'a');
+        assert!(b.irq());
+        // Disabling and enabling again interrupts anew.
+        assert_eq!(b.get(2), IIR_TRANSMIT);
+        b.set(1, 0);
+        b.set(1, IER_TRANSMIT);
+        assert!(b.irq());
+    }
+
+    #[test]
+    fn received_data_waits_for_rts() {
+        let mut b = bench();
+        assert_eq!(b.uart.push_input(b"ab"), 2);
+        assert_eq!(b.get(5) & LSR_DATA_READY, 0);
+        b.set(4, MCR_RTS);
+        assert_eq!(b.get(5) & LSR_DATA_READY, 1);
+        assert_eq!((b.get(0), b.get(0), b.get(0)), (b'a', b'b', 0));
+        assert_eq!(b.get(5) & LSR_DATA_READY, 0);
+    }
+
+    #[test]
+    fn trigger_level_and_time_out() {
+        // PC16550D Table III: at the trigger level 0x04, below it after a pause 0x0C; IIR[7:6] are set in FIFO mode.
+        let mut b = bench();
+        b.open(0x81);
+        b.set(1, IER_RECEIVED);
+        b.uart.push_input(b"1234567");
+        assert!(b.irq());
+        assert_eq!(b.get(2), IIR_FIFOS | IIR_TIMEOUT);
+        b.uart.push_input(b"8");
+        assert_eq!(b.get(2), IIR_FIFOS | IIR_RECEIVED);
+        (0..8).for_each(|_| assert_ne!(b.get(0), 0));
+        assert!(!b.irq());
+        assert_eq!(b.get(2), IIR_FIFOS | IIR_NONE);
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let mut b = bench();
+        let chunk = [b'x'; 3000];
+        assert_eq!(b.uart.push_input(&chunk), 3000);
+        assert_eq!(b.uart.push_input(&chunk), INPUT_QUEUE - 3000);
+        assert_eq!((b.uart.push_input(&chunk), b.uart.input_space()), (0, 0));
+        b.open(1);
+        assert_eq!(b.uart.input_space(), FIFO_DEPTH);
+        let mut read = 0;
+        while b.get(5) & LSR_DATA_READY != 0 {
+            assert_eq!(b.get(0), b'x');
+            read += 1;
+        }
+        assert_eq!(read, INPUT_QUEUE);
+    }
+
+    #[test]
+    fn fifo_clear_empties_what_was_received() {
+        let mut b = bench();
+        b.open(1);
+        b.uart.push_input(b"abc");
+        b.set(2, FCR_ENABLE | FCR_CLEAR_RX);
+        assert_eq!(b.get(5) & LSR_DATA_READY, 0);
+    }
+
+    #[test]
+    fn loopback() {
+        // PC16550D §8.7
+        let mut b = bench();
+        assert_eq!(b.get(6) & 0xf0, 0xb0);
+        b.set(4, MCR_LOOP | MCR_RTS | MCR_OUT2);
+        assert_eq!(b.get(6) & 0xf0, MSR_CTS | MSR_DCD);
+        b.set(4, MCR_LOOP | MCR_DTR | MCR_OUT1);
+        assert_eq!(b.get(6), MSR_DSR | MSR_RI | 0b1011);
+        assert_eq!(b.get(6) & 0xf, 0, "reading clears the changes");
+        b.set(0, b'z');
+        assert!(b.sent().is_empty());
+        assert_eq!((b.get(5) & LSR_DATA_READY, b.get(0)), (1, b'z'));
+        // RI's change is reported at its trailing edge.
+        b.set(4, MCR_LOOP | MCR_DTR);
+        assert_eq!(b.get(6), MSR_DSR | 0b0100);
+    }
+
+    #[test]
+    fn overrun_in_loopback() {
+        let mut b = bench();
+        b.set(4, MCR_LOOP);
+        b.set(1, IER_LINE);
+        b.set(0, 1);
+        b.set(0, 2);
+        assert_eq!(b.get(2), IIR_LINE);
+        assert_eq!(b.get(5) & LSR_OVERRUN, LSR_OVERRUN);
+        assert_eq!(b.get(5) & LSR_OVERRUN, 0);
+        assert_eq!(b.get(0), 1);
+    }
+
+    #[test]
+    fn out2_gates_the_line() {
+        let mut b = bench();
+        b.set(1, IER_TRANSMIT);
+        assert!(!b.irq());
+        b.set(4, MCR_OUT2);
+        assert!(b.irq());
+    }
+
+    #[test]
+    fn scratch_register() {
+        let mut b = bench();
+        b.set(7, 0xa5);
+        assert_eq!(b.get(7), 0xa5);
+    }
+}

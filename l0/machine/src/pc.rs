@@ -17,7 +17,7 @@
 //! Not supported: PCI (configuration ports read as ones), HPET, VGA, floppy, parallel port.
 
 use std::io::Write;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -156,15 +156,68 @@ impl MmioDevice for IoApicWindow {
     }
 }
 
+/// A device together with the time of its next [`TimedDevice::tick`], kept where it can be read without
+/// the device's lock: the vCPU loop asks at every exit.
+struct Scheduled<D> {
+    device: D,
+    due: Arc<AtomicU64>,
+}
+
+impl<D: TimedDevice> Scheduled<D> {
+    fn new(device: D) -> Self {
+        let scheduled = Self { device, due: Arc::new(AtomicU64::new(u64::MAX)) };
+        scheduled.reschedule();
+        scheduled
+    }
+
+    fn reschedule(&self) {
+        self.due.store(self.device.next_deadline().unwrap_or(u64::MAX), Ordering::Release);
+    }
+}
+
+impl<D: TimedDevice + PioDevice> PioDevice for Scheduled<D> {
+    fn read(&mut self, offset: u16, size: u8) -> u32 {
+        let value = self.device.read(offset, size);
+        self.reschedule();
+        value
+    }
+    fn write(&mut self, offset: u16, size: u8, value: u32) {
+        self.device.write(offset, size, value);
+        self.reschedule();
+    }
+}
+
+impl<D: TimedDevice> TimedDevice for Scheduled<D> {
+    fn tick(&mut self, now: u64) {
+        self.device.tick(now);
+        self.reschedule();
+    }
+    fn next_deadline(&self) -> Option<u64> {
+        self.device.next_deadline()
+    }
+}
+
+/// A timed device as the machine's clockwork sees it.
+struct Timer {
+    device: Arc<Mutex<dyn TimedDevice>>,
+    due: Arc<AtomicU64>,
+}
+
+impl Timer {
+    fn new<D: TimedDevice + 'static>(device: &Arc<Mutex<Scheduled<D>>>) -> Self {
+        Self { device: device.clone(), due: lock(device).due.clone() }
+    }
+}
+
 /// Port 0x61, which belongs to the 8254's channel 2.
-struct Port61(Arc<Mutex<Pit>>);
+struct Port61(Arc<Mutex<Scheduled<Pit>>>);
 
 impl PioDevice for Port61 {
     fn read(&mut self, _offset: u16, _size: u8) -> u32 {
-        lock(&self.0).read_port61().into()
+        lock(&self.0).device.read_port61().into()
     }
     fn write(&mut self, _offset: u16, _size: u8, value: u32) {
-        lock(&self.0).write_port61(value as u8);
+        lock(&self.0).device.write_port61(value as u8);
     }
 }
 
@@ -190,10 +243,9 @@ pub struct Pc {
     interrupts: Arc<Interrupts>,
     pio: PioBus,
     mmio: MmioBus,
-    pit: Arc<Mutex<Pit>>,
-    rtc: Arc<Mutex<Rtc>>,
-    serial: Arc<Mutex<Serial>>,
-    power: Arc<Mutex<PowerManagement>>,
+    timers: [Timer; 4],
+    serial: Arc<Mutex<Scheduled<Serial>>>,
+    power: Arc<Mutex<Scheduled<PowerManagement>>>,
     events: Arc<EventSlot>,
     input_space: Condvar,
     /// How many threads wait for `input_space`, so that a port access need not wake nobody.
@@ -236,18 +288,14 @@ impl Pc {
         let ram_high: u64 = ram.regions.iter().skip(1).map(|r| r.len).sum();
         let ram_low = config.ram_bytes.saturating_sub(ram_high);
 
-        let pit = Arc::new(Mutex::new(Pit::new(clock.clone(), interrupts.isa_line(0))));
-        let rtc =
-            Arc::new(Mutex::new(Rtc::new(clock.clone(), interrupts.isa_line(8), utc_ns, ram_low, ram_high)));
-        let serial =
-            Arc::new(Mutex::new(Serial::new(clock.clone(), interrupts.isa_line(SERIAL_IRQ), config.console)));
-        let power = Arc::new(Mutex::new(PowerManagement::new(
-            clock.clone(),
-            interrupts.isa_line(SCI_IRQ),
-            sink.clone(),
-        )));
-        let i8042 =
-            Arc::new(Mutex::new(I8042::new(sink.clone(), interrupts.isa_line(1), interrupts.isa_line(12))));
+        let pit = shared(Scheduled::new(Pit::new(clock.clone(), interrupts.isa_line(0))));
+        let rtc = Rtc::new(clock.clone(), interrupts.isa_line(8), utc_ns, ram_low, ram_high);
+        let rtc = shared(Scheduled::new(rtc));
+        let serial = Serial::new(clock.clone(), interrupts.isa_line(SERIAL_IRQ), config.console);
+        let serial = shared(Scheduled::new(serial));
+        let power = PowerManagement::new(clock.clone(), interrupts.isa_line(SCI_IRQ), sink.clone());
+        let power = shared(Scheduled::new(power));
+        let i8042 = shared(I8042::new(sink.clone(), interrupts.isa_line(1), interrupts.isa_line(12)));
 
         let mut pio = PioBus::default();
         for base in [0x20, 0xa0, 0x4d0] {
@@ -281,13 +329,13 @@ impl Pc {
             pio.claim(IRQ_PORT, IRQ_PORTS, PortWidth::Any, shared(TestIrqs::new(lines)))?;
             mmio.claim(SCRATCH_BASE, SCRATCH_SIZE, shared(TestScratch::new()))?;
         }
+        let timers = [Timer::new(&pit), Timer::new(&rtc), Timer::new(&serial), Timer::new(&power)];
         Ok(Self {
             clock,
             interrupts,
             pio,
             mmio,
-            pit,
-            rtc,
+            timers,
             serial,
             power,
             events,
@@ -342,22 +390,21 @@ impl Pc {
     }
 
     /// Does what is due at `now` in every device. The vCPU loop calls it before it looks for interrupts once
-    /// [`Self::next_deadline`] has passed.
+    /// [`Self::next_deadline`] has passed; calling it earlier costs little and does nothing.
     pub fn tick(&self, now: u64) {
         self.interrupts.tick(now);
-        for device in self.timed() {
-            lock(device).tick(now);
+        for timer in &self.timers {
+            if timer.due.load(Ordering::Acquire) <= now {
+                lock(&timer.device).tick(now);
+            }
         }
     }
 
     /// When [`Self::tick`] is next needed, in nanoseconds since power-on.
     pub fn next_deadline(&self) -> Option<u64> {
-        let devices = self.timed().into_iter().filter_map(|d| lock(d).next_deadline());
+        let devices =
+            self.timers.iter().map(|t| t.due.load(Ordering::Acquire)).filter(|due| *due != u64::MAX);
         devices.chain(self.interrupts.next_deadline()).min()
-    }
-
-    fn timed(&self) -> [&Mutex<dyn TimedDevice>; 4] {
-        [&*self.pit, &*self.rtc, &*self.serial, &*self.power]
     }
 
     // ---- interrupts ---------------------------------------------------------------------
@@ -433,27 +480,27 @@ impl Pc {
     /// Queues console input; returns how many bytes were taken. The rest is for another time:
     /// see [`Self::wait_input_space`].
     pub fn push_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.serial).push_input(bytes)
+        lock(&self.serial).device.push_input(bytes)
     }
 
     /// Waits, at most `timeout`, until [`Self::push_input`] can take something. Returns whether it can.
     pub fn wait_input_space(&self, timeout: Duration) -> bool {
         self.input_waiters.fetch_add(1, Ordering::SeqCst);
         let guard = lock(&self.serial);
-        let result = self.input_space.wait_timeout_while(guard, timeout, |s| s.input_space() == 0);
+        let result = self.input_space.wait_timeout_while(guard, timeout, |s| s.device.input_space() == 0);
         self.input_waiters.fetch_sub(1, Ordering::SeqCst);
         let (guard, _) = result.unwrap_or_else(PoisonError::into_inner);
-        guard.input_space() > 0
+        guard.device.input_space() > 0
     }
 
     /// Hands waiting console output on.
     pub fn flush_console(&self) {
-        lock(&self.serial).flush();
+        lock(&self.serial).device.flush();
     }
 
     /// The user presses the power button.
     pub fn press_power_button(&self) {
-        lock(&self.power).press_power_button();
+        lock(&self.power).device.press_power_button();
     }
 
     /// The user presses an NMI button.
