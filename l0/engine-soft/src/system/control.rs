@@ -95,7 +95,8 @@ fn mov_to_cr(cpu: &mut Cpu, i: &Instruction) -> Exec {
             if value & !15 != 0 {
                 return Err(cpu.gp(0));
             }
-            cpu.write_tpr(i, value)
+            cpu.write_tpr(value);
+            Ok(())
         }
     }
 }
@@ -162,10 +163,10 @@ impl Cpu {
     }
 
     /// MOV to CR8 that doesn't exit (SDM Vol. 3C §30.3).
-    fn write_tpr(&mut self, i: &Instruction, value: u64) -> Exec {
+    fn write_tpr(&mut self, value: u64) {
         if !self.primary(PrimaryControls::USE_TPR_SHADOW) {
             self.cr8 = value;
-            return Ok(());
+            return;
         }
         // A virtual-APIC page outside machine memory swallows writes.
         let _ = self.memory.write(self.controls.virtual_apic.offset(VTPR), &[(value as u8) << 4, 0, 0, 0]);
@@ -174,8 +175,6 @@ impl Cpu {
             self.boundary.trap_exit = Some(VmExit::new(ExitReason::TprBelowThreshold));
             self.request_event_check();
         }
-        let _ = i;
-        Ok(())
     }
 
     /// MOV to CR0 with the value that really goes there.
@@ -216,7 +215,7 @@ impl Cpu {
             self.set_efer(efer);
         }
         self.set_cr0(new);
-        if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
+        if changed & (cr0::PG | cr0::WP) != 0 {
             self.flush_tlb(true);
         }
         Ok(())
@@ -351,7 +350,7 @@ fn mov_to_dr(cpu: &mut Cpu, i: &Instruction) -> Exec {
         _ if value >> 32 != 0 => return Err(cpu.gp(0)),
         6 => cpu.dr6 = value & 0xe00f | dr::DR6_FIXED1,
         _ => {
-            cpu.set_dr7(value & 0xffff_2bff | dr::DR7_FIXED1);
+            cpu.set_dr7(value & 0xffff_23ff | dr::DR7_FIXED1);
             cpu.boundary_dr7_changed();
         }
     }

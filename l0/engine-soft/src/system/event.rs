@@ -5,6 +5,7 @@
 //! shadow stacks, virtualization exceptions (#VE).
 
 use engine::{Activity, Segment, VmExit, interruptibility};
+use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
 use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::interruption::{EventType, InterruptionInfo};
@@ -50,7 +51,7 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
                 // A double fault that exits directly counts as not happening during delivery
                 // (SDM Vol. 3C §28.2.4).
                 match original.filter(|_| event.vector != exception::DF) {
-                    Some(o) => set_vectoring(&mut exit, &o, instruction_length),
+                    Some(o) => set_vectoring(cpu, &mut exit, &o, instruction_length),
                     None if origin.nmi_unblocked && event.vector != exception::DF => {
                         exit.interruption_info.0 |= InterruptionInfo::NMI_UNBLOCKING;
                     }
@@ -82,7 +83,7 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
                 None => return Err(cpu.exit(VmExit::new(ExitReason::TripleFault))),
             },
             Reason::Exit(mut exit) => {
-                set_vectoring(&mut exit, &event, instruction_length);
+                set_vectoring(cpu, &mut exit, &event, instruction_length);
                 return Err(cpu.exit(exit));
             }
             // The handler's stack shares a page with decoded code: once more, alone.
@@ -126,9 +127,8 @@ fn interruption_info(cpu: &Cpu, e: &Event) -> (InterruptionInfo, u32) {
     (InterruptionInfo::new(e.vector, e.kind, code.is_some()), code.unwrap_or(0))
 }
 
-fn set_vectoring(exit: &mut VmExit, e: &Event, instruction_length: u32) {
-    exit.idt_vectoring = InterruptionInfo::new(e.vector, e.kind, e.error.is_some());
-    exit.idt_vectoring_error_code = e.error.unwrap_or(0);
+fn set_vectoring(cpu: &Cpu, exit: &mut VmExit, e: &Event, instruction_length: u32) {
+    (exit.idt_vectoring, exit.idt_vectoring_error_code) = interruption_info(cpu, e);
     if is_software(e.kind) {
         exit.instruction_length = instruction_length;
     }
@@ -228,8 +228,12 @@ fn delivered(cpu: &mut Cpu, e: &Event) {
     cpu.reason = Reason::None;
     cpu.pending_debug = 0;
     cpu.boundary.step_at = None;
-    // MTF after an injected event is the caller's; what follows is a new instruction.
-    cpu.request_event_check();
+    // The handler's first instruction is preceded by an MTF exit, both after injection and
+    // after a fault (SDM Vol. 3C §26.5.2).
+    if cpu.primary(PrimaryControls::MONITOR_TRAP_FLAG) {
+        cpu.boundary.mtf_pending = true;
+        cpu.request_event_check();
+    }
 }
 
 /// RFLAGS as saved by a delivery.
@@ -374,9 +378,8 @@ fn long_mode(cpu: &mut Cpu, e: &Event, length: u32) -> Exec {
     if !canonical(rip) {
         return Err(cpu.gp(ext));
     }
-    if inner {
-        cpu.set_segment(seg::SS, new_ss);
-    }
+    // Setting CS below updates what is derived from SS.
+    cpu.segments[seg::SS] = new_ss;
     enter_handler(cpu, &target, rip, gate.access().ty() == ty::INTERRUPT_GATE);
     stack.commit(cpu);
     Ok(())

@@ -386,7 +386,8 @@ pub(super) fn ret_far(cpu: &mut Cpu, i: &Instruction) -> Exec {
 
 fn enter_outer(cpu: &mut Cpu, cs: Segment, rip: u64, ss: Segment, sp: u64, release: u64) {
     cpu.cpl = (cs.selector & 3) as u8;
-    cpu.set_segment(seg::SS, ss);
+    // Setting CS updates what is derived from SS.
+    cpu.segments[seg::SS] = ss;
     cpu.set_segment(seg::CS, cs);
     let mut outer = Stack::current(cpu);
     outer.sp = sp;

@@ -124,7 +124,7 @@ pub(super) fn invlpg(cpu: &mut Cpu, i: &Instruction) -> Exec {
 
 /// INVPCID (SDM Vol. 2A).
 pub(super) fn invpcid(cpu: &mut Cpu, i: &Instruction) -> Exec {
-    if !cpu.secondary(SecondaryControls::ENABLE_INVPCID) || cpu.v8086() && cpu.cpl == 0 {
+    if !cpu.secondary(SecondaryControls::ENABLE_INVPCID) {
         return Err(cpu.ud());
     }
     cpu.require_cpl0()?;

@@ -8,7 +8,7 @@ use memory::MachineAddr;
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exit::ExitReason;
 use x86_spec::msr as n;
-use x86_spec::reg::{cr0, efer, gpr, xcr0};
+use x86_spec::reg::{cr0, efer, gpr};
 use x86_spec::segment::seg;
 
 use super::canonical;
@@ -18,12 +18,10 @@ use crate::cpu::{Cpu, Exec};
 const IA32_TSC: u32 = 0x10;
 /// IA32_DEBUGCTL.
 const IA32_DEBUGCTL: u32 = 0x1d9;
-/// IA32_DEBUGCTL bits that can be set: LBR and BTF are accepted, and no branch is recorded.
-const DEBUGCTL_BITS: u64 = 3;
+/// IA32_DEBUGCTL bits that can be set: LBR is accepted, and no branch is ever recorded.
+const DEBUGCTL_BITS: u64 = 1;
 /// IA32_SPEC_CTRL bits that can be set: IBRS, STIBP, SSBD.
 const SPEC_CTRL_BITS: u64 = 7;
-/// IA32_XSS: no supervisor state components are offered.
-const XSS_BITS: u64 = 0 & xcr0::X87;
 
 /// Whether an access to `msr` exits.
 fn exits(cpu: &Cpu, msr: u32, write: bool) -> bool {
@@ -95,7 +93,8 @@ pub(super) fn wrmsr(cpu: &mut Cpu, i: &Instruction) -> Exec {
         n::IA32_PAT if is_valid_pat(value) => cpu.pat = value,
         IA32_DEBUGCTL if value & !DEBUGCTL_BITS == 0 => cpu.debugctl = value,
         n::IA32_SPEC_CTRL if value & !SPEC_CTRL_BITS == 0 => cpu.msrs.spec_ctrl = value,
-        n::IA32_XSS_MSR if value & !XSS_BITS == 0 => cpu.msrs.xss = value,
+        // No supervisor state components are offered.
+        n::IA32_XSS_MSR if value == 0 => cpu.msrs.xss = value,
         n::EFER => return write_efer(cpu, value),
         n::STAR => cpu.msrs.star = value,
         n::LSTAR if canonical(value) => cpu.msrs.lstar = value,

@@ -7,7 +7,7 @@
 //! Not supported: MSR load and store areas (they belong to VMX root operation, which is
 //! L0's), SMM, IA32_PERF_GLOBAL_CTRL, IA32_BNDCFGS, IA32_RTIT_CTL.
 
-use engine::{Activity, EngineVmcs, EntryFailure, GuestRegs, VmExit};
+use engine::{EngineVmcs, EntryFailure, GuestRegs, VmExit};
 use x86_spec::controls::{EntryControls, ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::{EventType, InterruptionInfo};
@@ -61,7 +61,9 @@ fn representable(vmcs: &EngineVmcs, efer_value: u64) -> bool {
         && g.rflags & rflags::FIXED1 != 0
         && (!v86 || g.cr0 & cr0::PE != 0)
         && if code64 { canonical(g.rip) } else { g.rip >> 32 == 0 }
-        && g.segments.iter().all(|s| canonical(s.base))
+        && g.segments.iter().all(|s| s.access.unusable() || canonical(s.base))
+        && canonical(g.segments[seg::FS].base)
+        && canonical(g.segments[seg::GS].base)
         && canonical(g.gdtr.base)
         && canonical(g.idtr.base)
         && (!vmcs.controls.entry.contains(EntryControls::LOAD_IA32_PAT) || is_valid_pat(g.pat))
@@ -231,8 +233,4 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
         vmcs.controls.entry.set(EntryControls::IA32E_MODE_GUEST, cpu.long_mode());
     }
     vmcs.controls.entry_interruption.0 &= !InterruptionInfo::VALID;
-    if matches!(cpu.reason, Reason::Exit(VmExit { reason: ExitReason::TripleFault, .. })) {
-        // The guest stays where it was; L0 decides what a shutdown means.
-        g.activity = Activity::Active;
-    }
 }
