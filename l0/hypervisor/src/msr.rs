@@ -163,7 +163,7 @@ impl MsrState {
             msr::IA32_PLATFORM_ID | SMI_COUNT | msr::IA32_MCG_CAP => Ok(0),
             msr::IA32_FEATURE_CONTROL => Ok(FEATURE_CONTROL),
             msr::IA32_BIOS_SIGN_ID => Ok(MICROCODE),
-            msr::MSR_PLATFORM_INFO => Ok((self.tsc.hz / 100_000_000 & 0xff) << 8),
+            msr::MSR_PLATFORM_INFO => Ok(((self.tsc.hz / 100_000_000) & 0xff) << 8),
             msr::IA32_ARCH_CAPABILITIES => Ok(ARCH_CAPABILITIES),
             msr::IA32_MCG_STATUS => Ok(self.mcg_status),
             msr::IA32_MISC_ENABLE => Ok(self.misc_enable),
@@ -377,7 +377,7 @@ impl Mtrrs {
             msr::IA32_MTRR_PHYSBASE0..=VARIABLE_LAST => {
                 let i = (msr - msr::IA32_MTRR_PHYSBASE0) as usize;
                 // Figure 12-7: type in a base, V in bit 11 of a mask, the rest is address.
-                let valid = if i % 2 == 0 {
+                let valid = if i.is_multiple_of(2) {
                     ty_ok && value & !(PHYS_MASK | 0xff) == 0
                 } else {
                     value & !(PHYS_MASK | 1 << 11) == 0

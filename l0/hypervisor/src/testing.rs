@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::{Clock, MachineEvent};
+use devices::Clock;
 use engine::{Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, Vcpu, VmExit};
 use machine::{Pc, PcConfig};
 use memory::{Gpa, MachineMemory};
@@ -164,6 +164,6 @@ impl Rig {
             other => panic!("the script did not end well: {other:?}"),
         }
         assert!(self.script.lock().unwrap().steps.is_empty());
-        assert!(matches!(self.vm.board().take_event(), None::<MachineEvent>));
+        assert!(self.vm.board().take_event().is_none());
     }
 }

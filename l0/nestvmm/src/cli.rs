@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::{DEFAULT_COMMAND_LINE, DEFAULT_KERNEL_PACKAGE};
 use crate::status;
 
 /// Smallest RAM that a PC kernel can be expected to start in.
@@ -26,6 +27,78 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Say what this host offers and which engine would be used
     Doctor(DoctorArgs),
+    /// Build an image, or show what is in one
+    #[command(subcommand)]
+    Image(ImageCommand),
+}
+
+/// Subcommands of `image`.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Build a bootable disk image from the system's packages: kernel, KVM modules, busybox, nestvmm
+    Build(Box<BuildArgs>),
+    /// Show what is in a disk image or kernel
+    Inspect {
+        /// The file
+        image: PathBuf,
+    },
+}
+
+/// Arguments of `image build`.
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    /// The image file to write
+    pub output: PathBuf,
+    /// Replace the file if it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Package to take the kernel and its modules from
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_KERNEL_PACKAGE)]
+    pub kernel_package: String,
+    /// Kernel file to take instead of a package
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel_package")]
+    pub kernel_file: Option<PathBuf>,
+    /// The kernel file's modules (/lib/modules/VERSION)
+    #[arg(long, value_name = "DIR", requires = "kernel_file")]
+    pub modules_dir: Option<PathBuf>,
+    /// Kernel module to add to KVM's; may be repeated
+    #[arg(long = "module", value_name = "NAME")]
+    pub modules: Vec<String>,
+    /// Statically linked busybox to take instead of the package's
+    #[arg(long, value_name = "FILE")]
+    pub busybox: Option<PathBuf>,
+    /// Statically linked nestvmm to put into the image [default: this one, or one beside it, if
+    /// it is]
+    #[arg(long, value_name = "FILE")]
+    pub nestvmm: Option<PathBuf>,
+    /// File of the host to put into the initrd, and its path there; may be repeated
+    #[arg(long = "file", value_name = "HOST=PATH", value_parser = parse_file)]
+    pub files: Vec<(PathBuf, String)>,
+    /// Kernel command line
+    #[arg(long, value_name = "STRING", default_value = DEFAULT_COMMAND_LINE)]
+    pub append: String,
+    /// How the initrd is packed
+    #[arg(long, value_enum, default_value_t = Compression::None)]
+    pub compression: Compression,
+}
+
+/// `--compression`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// Not at all: the least work for a slow CPU.
+    None,
+    /// gzip.
+    Gzip,
+    /// LZ4.
+    Lz4,
+}
+
+/// `--file`: a host file and, after the last `=`, its path in the image.
+fn parse_file(s: &str) -> Result<(PathBuf, String), String> {
+    match s.rsplit_once('=') {
+        Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.into(), to.into())),
+        _ => Err("give HOST=PATH, for example ./test=/bin/test".into()),
+    }
 }
 
 /// Arguments of `run`.

@@ -4,6 +4,8 @@ mod cli;
 mod console;
 mod crash;
 mod doctor;
+mod image;
+mod image_command;
 mod run;
 mod session;
 mod status;
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
+        Command::Image(command) => image_command::image(command).map(|()| 0),
     };
     match result {
         Ok(status) => ExitCode::from(status),

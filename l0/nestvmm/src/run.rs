@@ -9,6 +9,7 @@ use engine::Engine;
 use engine_soft::SoftEngine;
 use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
+use machine::image::ImageKind;
 use machine::{Pc, PcConfig, acpi, image};
 use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
@@ -176,7 +177,15 @@ impl BootFiles {
             None => (None, None, None),
         };
         let kernel = match (&args.kernel, kernel) {
-            (Some(path), _) => read(path)?,
+            (Some(path), _) => {
+                if image::detect(path).map_err(Failure::input)? == ImageKind::Disk {
+                    let path = path.display();
+                    return Err(Failure::usage(format!(
+                        "--kernel {path}: is a disk image, not a kernel; give it without --kernel"
+                    )));
+                }
+                read(path)?
+            }
             (None, Some(kernel)) => kernel,
             (None, None) => return Err(Failure::usage("give an IMAGE or --kernel FILE")),
         };

@@ -1,0 +1,50 @@
+//! `nestvmm image build` and `nestvmm image inspect`.
+
+use std::path::Path;
+
+use crate::cli::{BuildArgs, Compression, ImageCommand};
+use crate::image::{self, BuildOptions, ImageError, InitrdCompression, Inspection};
+use crate::status::Failure;
+
+/// Does what `command` says.
+///
+/// # Errors
+/// [`Failure`] with the status to end with.
+pub fn image(command: ImageCommand) -> Result<(), Failure> {
+    match command {
+        ImageCommand::Build(args) => println!("{}", image::build(options(*args)).map_err(failure)?),
+        ImageCommand::Inspect { image: path } => println!("{}", inspect(&path)?),
+    }
+    Ok(())
+}
+
+fn inspect(path: &Path) -> Result<Inspection, Failure> {
+    image::inspect(path).map_err(failure)
+}
+
+fn options(args: BuildArgs) -> BuildOptions {
+    let mut o = BuildOptions::new(args.output);
+    o.force = args.force;
+    o.kernel_package = args.kernel_package;
+    o.kernel_file = args.kernel_file;
+    o.modules_dir = args.modules_dir;
+    o.modules = args.modules;
+    o.busybox = args.busybox;
+    o.nestvmm = args.nestvmm;
+    o.files = args.files;
+    o.command_line = args.append;
+    o.compression = match args.compression {
+        Compression::None => InitrdCompression::None,
+        Compression::Gzip => InitrdCompression::Gzip,
+        Compression::Lz4 => InitrdCompression::Lz4,
+    };
+    o
+}
+
+fn failure(e: ImageError) -> Failure {
+    match e {
+        ImageError::NoApt { .. } | ImageError::Apt { .. } => Failure::host(e),
+        ImageError::BadOption(_) | ImageError::Exists { .. } => Failure::usage(e),
+        _ => Failure::input(e),
+    }
+}

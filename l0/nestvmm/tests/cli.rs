@@ -1,0 +1,134 @@
+//! Bad input on the command line: one clear message and the right status, and never a panic.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn nestvmm(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nestvmm"))
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("nestvmm starts")
+}
+
+/// Runs, and checks status and that standard error is one message which has all of `words`.
+fn fails(args: &[&str], status: i32, words: &[&str]) {
+    let out = nestvmm(args);
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(status), "{args:?}: {err}");
+    assert!(!err.contains("panicked"), "{args:?}: {err}");
+    for w in words {
+        assert!(err.contains(w), "{args:?}: no {w:?} in: {err}");
+    }
+    if status != 2 {
+        assert_eq!(err.lines().count(), 1, "{args:?}: {err}");
+    }
+}
+
+fn file(dir: &tempfile::TempDir, name: &str, data: &[u8]) -> String {
+    let path: PathBuf = dir.path().join(name);
+    fs::File::create(&path).unwrap().write_all(data).unwrap();
+    path.display().to_string()
+}
+
+/// The first sector of a bzImage with nothing after it (Documentation/arch/x86/boot.rst).
+fn truncated_bzimage() -> Vec<u8> {
+    let mut v = vec![0; 0x400];
+    v[0x1f1] = 4;
+    v[0x1fe] = 0x55;
+    v[0x1ff] = 0xaa;
+    v[0x202..0x206].copy_from_slice(b"HdrS");
+    v[0x206] = 0x0f;
+    v[0x207] = 2;
+    v
+}
+
+#[test]
+fn missing_files_are_named() {
+    fails(&["run", "/no/such/image"], 4, &["/no/such/image"]);
+    fails(&["run", "--kernel", "/no/such/kernel"], 4, &["/no/such/kernel"]);
+    fails(&["image", "inspect", "/no/such/image"], 4, &["/no/such/image"]);
+}
+
+#[test]
+fn files_that_are_no_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = file(&dir, "empty", b"");
+    let text = file(&dir, "text", b"this is not a kernel\n");
+    let cut = file(&dir, "cut", &truncated_bzimage());
+    fails(&["run", &empty], 4, &[&empty, "empty"]);
+    fails(&["run", "--kernel", &empty], 4, &[&empty, "empty"]);
+    fails(&["run", &text], 4, &[&text]);
+    fails(&["run", "--kernel", &text], 4, &[&text]);
+    fails(&["run", &cut], 4, &[&cut]);
+    fails(&["run", &dir.path().display().to_string()], 4, &["directory"]);
+    fails(&["image", "inspect", &text], 4, &[&text]);
+}
+
+#[test]
+fn unreadable_files() {
+    // /proc/self/mem opens, but its start can't be read, not even by root.
+    let path = "/proc/self/mem";
+    if Path::new(path).exists() {
+        fails(&["run", "--kernel", path], 4, &[path]);
+    }
+}
+
+#[test]
+fn bad_initrds_and_modules_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = file(&dir, "k", &truncated_bzimage());
+    fails(&["run", "--kernel", &kernel, "--initrd", "/no/such/initrd"], 4, &["/no/such/initrd"]);
+    fails(&["run", "--kernel", &kernel, "--module", "/no/such/module arg"], 4, &["/no/such/module"]);
+}
+
+#[test]
+fn bad_usage() {
+    fails(&["run"], 2, &["IMAGE"]);
+    fails(&["run", "x", "--no-such-option"], 2, &["--no-such-option"]);
+    fails(&["no-such-command"], 2, &["no-such-command"]);
+    fails(&["run", "x", "--memory", "63M"], 2, &["63M", "64 MiB"]);
+    fails(&["run", "x", "--memory", "lots"], 2, &["lots"]);
+    fails(&["run", "x", "--engine", "warp"], 2, &["warp", "soft"]);
+    fails(&["run", "x", "--console", "tcp:1"], 2, &["tcp:1", "stdio"]);
+    fails(&["run", "x", "--trace-filter", "debug"], 2, &["--trace"]);
+    fails(&["run", "x", "--trace", "/dev/null", "--trace-filter", "=="], 2, &["--trace-filter"]);
+}
+
+#[test]
+fn more_memory_than_the_host_has() {
+    fails(&["run", "x", "--memory", "100000T"], 6, &["--memory", "this host"]);
+}
+
+#[test]
+fn outputs_that_can_not_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = file(&dir, "k", &truncated_bzimage());
+    fails(&["run", "--kernel", &kernel, "--console", "file:/no/such/dir/f"], 4, &["/no/such/dir/f"]);
+    fails(&["run", "--kernel", &kernel, "--trace", "/no/such/dir/t"], 4, &["/no/such/dir/t"]);
+    let there = file(&dir, "socket", b"x");
+    fails(&["run", "--kernel", &kernel, "--console", &format!("unix:{there}")], 4, &[&there]);
+    assert_eq!(fs::read(&there).unwrap(), b"x", "a file that was there is left alone");
+}
+
+#[test]
+fn help_names_the_statuses() {
+    for args in [&["--help"][..], &["run", "--help"]] {
+        let out = nestvmm(args);
+        assert!(out.status.success());
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(text.contains("Exit status") && text.contains("the guest crashed"), "{text}");
+    }
+}
+
+#[test]
+fn doctor_prints_json() {
+    let out = nestvmm(&["doctor", "--json"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let v: serde_json::Value = serde_json::from_slice(&out.stdout).expect("valid JSON");
+    assert_eq!(v["chosen"]["engine"], "soft");
+    assert_eq!(v["engines"][0]["usable"], true, "{v}");
+    assert!(v["cpu"]["vendor"].is_string() && v["kvm"]["state"].is_string());
+}
