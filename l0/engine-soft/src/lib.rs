@@ -1,1 +1,310 @@
-//! placeholder
+//! A software x86-64 CPU in VMX non-root operation.
+//!
+//! It decodes guest code into blocks of specialised handlers ([`ops`]), runs vector, x87 and rare
+//! integer instructions on the host's own units ([`thunk`]), translates addresses in two
+//! dimensions ([`mmu`]), and exits as the SDM says ([`system`]).
+//!
+//! Not supported: see the head of each module; in short 5-level paging, protection keys,
+//! AVX-512, AMX, CET, SMM, hardware task switches beyond their VM exit.
+
+pub mod block;
+pub mod cpu;
+mod decode;
+pub mod mmu;
+pub mod op;
+pub mod operand;
+pub mod ops;
+mod run;
+pub mod system;
+pub mod thunk;
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use engine::{
+    Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, Vcpu, VmExit,
+    interruptibility, pending_debug,
+};
+use memory::{Gpa, MachineMemory};
+use x86_spec::caps::VmxCapabilities;
+use x86_spec::reg::rflags;
+
+use block::{BlockCache, Watcher, WrittenPages};
+use cpu::{CodeSize, Cpu, Reason, Shared};
+use mmu::Mmu;
+
+/// Invalidations that wait for a vCPU. Bounded: past the bound everything goes.
+#[derive(Debug, Default)]
+pub struct Requests(Mutex<Vec<InvalidateScope>>);
+
+impl Requests {
+    const MAX: usize = 256;
+
+    fn push(&self, scope: InvalidateScope) {
+        let mut list = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        if list.len() >= Self::MAX {
+            list.clear();
+            list.push(InvalidateScope::All);
+        } else {
+            list.push(scope);
+        }
+    }
+
+    fn take(&self) -> Vec<InvalidateScope> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+}
+
+/// What the engine keeps of each vCPU to reach it from other threads.
+#[derive(Clone)]
+struct Remote {
+    shared: Arc<Shared>,
+    requests: Arc<Requests>,
+}
+
+/// The software engine.
+pub struct SoftEngine {
+    memory: Arc<MachineMemory>,
+    capabilities: VmxCapabilities,
+    tsc_frequency: u64,
+    vcpus: Mutex<Vec<Remote>>,
+}
+
+impl SoftEngine {
+    /// A software engine over `memory`.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] when the host's processor lacks what thunks need.
+    pub fn new(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
+        Ok(Self {
+            memory,
+            capabilities: system::capabilities::capabilities(),
+            tsc_frequency: system::capabilities::tsc_frequency(),
+            vcpus: Mutex::new(Vec::new()),
+        })
+    }
+}
+
+impl Engine for SoftEngine {
+    type Vcpu = SoftVcpu;
+
+    fn capabilities(&self) -> &VmxCapabilities {
+        &self.capabilities
+    }
+    fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        thunk::supported_features(leaf, subleaf)
+    }
+    fn tsc_frequency(&self) -> u64 {
+        self.tsc_frequency
+    }
+    fn tsc(&self) -> u64 {
+        system::capabilities::host_tsc()
+    }
+
+    fn create_vcpu(&self) -> Result<SoftVcpu, EngineError> {
+        let cpu = Cpu::new(self.memory.clone())?;
+        let remote = Remote { shared: cpu.shared.clone(), requests: cpu.requests.clone() };
+        self.memory.add_code_watcher(Arc::new(Watcher {
+            written: cpu.written_pages.clone(),
+            shared: cpu.shared.clone(),
+        }));
+        self.vcpus.lock().unwrap_or_else(|e| e.into_inner()).push(remote);
+        Ok(SoftVcpu { cpu })
+    }
+
+    fn invalidate(&self, scope: InvalidateScope) {
+        for v in self.vcpus.lock().unwrap_or_else(|e| e.into_inner()).iter() {
+            v.requests.push(scope);
+            v.shared.invalidate.store(true, Ordering::SeqCst);
+            v.shared.limit.store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Cpu {
+    /// A processor after RESET over `memory`.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] when the host refuses executable memory for thunks.
+    pub fn new(memory: Arc<MachineMemory>) -> Result<Box<Self>, EngineError> {
+        let thunks = thunk::ThunkCache::new()
+            .map_err(|source| EngineError::Host { call: "mapping thunk memory", source })?;
+        let regs = GuestRegs::reset();
+        let guest = engine::GuestState::default();
+        let mut cpu = Box::new(Self {
+            regs: [0; 20],
+            flags: 0x200,
+            cpl: 0,
+            code_size: CodeSize::Bits16,
+            block_mode: 0,
+            ctx: 0,
+            icount: 0,
+            rflags_other: 0,
+            mmu: Mmu::new(memory.base_ptr(), memory.size()),
+            block: std::ptr::null(),
+            ip: 0,
+            reason: Reason::None,
+            segments: guest.segments,
+            gdtr: guest.gdtr,
+            idtr: guest.idtr,
+            cr0: guest.cr0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            cr8: 0,
+            efer: 0,
+            xcr0: regs.xcr0,
+            pdptes: [0; 4],
+            dr: [0; 4],
+            dr6: regs.dr6,
+            dr7: guest.dr7,
+            debugctl: 0,
+            sysenter: [0; 3],
+            pat: guest.pat,
+            msrs: regs.msrs,
+            fpu: regs.fpu,
+            activity: Activity::Active,
+            interruptibility: 0,
+            pending_debug: 0,
+            delivering: None,
+            delivering_length: 0,
+            controls: engine::Controls::default(),
+            timer_deadline: None,
+            single: false,
+            force_single: false,
+            boundary: system::pending::Boundary::default(),
+            one_shot: false,
+            bus: None,
+            thunks,
+            link_from: std::ptr::null(),
+            link_slot: 0,
+            link_start: 0,
+            code_full: false,
+            written_pages: Arc::new(WrittenPages::default()),
+            requests: Arc::new(Requests::default()),
+            blocks: BlockCache::default(),
+            memory,
+            shared: Arc::new(Shared::default()),
+        });
+        cpu.set_rip(guest.rip);
+        cpu.mmu_reselect();
+        cpu.update_mode();
+        Ok(cpu)
+    }
+
+    /// The end of a run: state goes back, the exit stays to be seen.
+    fn leave(&mut self, exit: VmExit, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
+        self.reason = Reason::Exit(exit);
+        system::vmentry::save(self, vmcs, regs);
+        self.reason = Reason::None;
+        self.block = std::ptr::null();
+    }
+
+    /// Drops cached translations.
+    pub(crate) fn invalidate(&mut self, scope: InvalidateScope) {
+        match scope {
+            InvalidateScope::All | InvalidateScope::Machine { .. } => self.mmu_clear(),
+            InvalidateScope::Eptp(eptp) => self.mmu_invalidate_eptp(eptp),
+            InvalidateScope::Vpid(vpid) | InvalidateScope::VpidRetainGlobals(vpid) => {
+                self.mmu_invalidate_vpid(vpid)
+            }
+            InvalidateScope::Address { vpid, linear } => self.mmu_invalidate_address(vpid, linear),
+        }
+    }
+}
+
+/// A vCPU of the software engine.
+pub struct SoftVcpu {
+    cpu: Box<Cpu>,
+}
+
+impl SoftVcpu {
+    /// The processor, for tests and tools that look inside.
+    pub fn cpu(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+}
+
+struct SoftKicker(Arc<Shared>);
+
+impl Kick for SoftKicker {
+    fn kick(&self) {
+        self.0.kicked.store(true, Ordering::SeqCst);
+        self.0.limit.store(0, Ordering::SeqCst);
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
+        let cpu = &mut *self.cpu;
+        if let Err(exit) = system::vmentry::load(cpu, vmcs, regs) {
+            return exit;
+        }
+        let exit = loop {
+            if system::vmentry::inject(cpu).is_err()
+                && let Some(exit) = cpu.settle()
+            {
+                break exit;
+            }
+            if let Some(exit) = cpu.run() {
+                break exit;
+            }
+        };
+        cpu.leave(exit, vmcs, regs);
+        exit
+    }
+
+    fn emulate(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Option<VmExit> {
+        // SAFETY: only the lifetime is dropped; the pointer is taken out again before this call ends,
+        // also when the CPU panics, because `cpu` is then not entered again.
+        let bus: *mut (dyn ExitBus + 'static) = unsafe { std::mem::transmute(bus as *mut dyn ExitBus) };
+        self.cpu.bus = Some(bus);
+        self.cpu.one_shot = true;
+        let cpu = &mut *self.cpu;
+        let exit = match system::vmentry::load(cpu, vmcs, regs) {
+            Err(exit) => Some(exit),
+            Ok(()) => {
+                let shadow = cpu.interruptibility & (interruptibility::STI | interruptibility::MOV_SS);
+                let trap = cpu.rflags_other & rflags::TF != 0;
+                let exit = cpu.run();
+                match exit {
+                    Some(exit) => cpu.leave(exit, vmcs, regs),
+                    None => {
+                        // The boundary after this instruction is the next entry's first.
+                        cpu.interruptibility &= !shadow;
+                        if trap {
+                            cpu.pending_debug |= pending_debug::BS;
+                        }
+                        system::vmentry::save(cpu, vmcs, regs);
+                    }
+                }
+                exit
+            }
+        };
+        cpu.one_shot = false;
+        cpu.single = false;
+        cpu.bus = None;
+        exit
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(SoftKicker(self.cpu.shared.clone()))
+    }
+
+    fn instructions(&self) -> u64 {
+        self.cpu.icount
+    }
+
+    fn translate(&mut self, vmcs: &EngineVmcs, _regs: &GuestRegs, linear: u64) -> Option<Gpa> {
+        let g = &vmcs.guest;
+        let cpu = &mut *self.cpu;
+        cpu.controls.clone_from(&vmcs.controls);
+        (cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer, cpu.pdptes) = (g.cr0, g.cr3, g.cr4, g.efer, g.pdptes);
+        cpu.peek_translate(linear).map(Gpa)
+    }
+}

@@ -44,7 +44,6 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
     // The event whose delivery led to `event`, for IDT-vectoring information.
     let mut original: Option<Event> = None;
     let mut injected = origin.injected;
-    let mut retried = false;
     loop {
         if !injected {
             if let Some(mut exit) = intercept(cpu, &event, instruction_length) {
@@ -86,12 +85,7 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
                 set_vectoring(cpu, &mut exit, &event, instruction_length);
                 return Err(cpu.exit(exit));
             }
-            // The handler's stack shares a page with decoded code: once more, alone.
-            Reason::Reexecute if !retried => {
-                retried = true;
-                injected = true;
-                cpu.single = true;
-            }
+            // The handler's stack overlaps the running block: the instruction starts anew, alone.
             Reason::Reexecute | Reason::None => return Err(stop),
         }
     }

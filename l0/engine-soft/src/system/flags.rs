@@ -54,12 +54,7 @@ pub(super) fn popf(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.cpl == 0 && size > 2 {
         flags &= !(rflags::VIF | rflags::VIP);
     }
-    if (flags ^ cpu.rflags()) & (rflags::IF | rflags::TF | rflags::AC) == 0 {
-        cpu.set_status_flags(flags);
-        cpu.rflags_other = flags & !(rflags::STATUS | rflags::FIXED1);
-    } else {
-        cpu.set_rflags(flags);
-    }
+    cpu.set_rflags(flags);
     Ok(())
 }
 

@@ -57,6 +57,7 @@ impl Cpu {
     pub(super) fn boundary_reset(&mut self) {
         self.boundary = Boundary { shadow_at: self.icount, ..Boundary::default() };
         self.boundary_dr7_changed();
+        prepare_next(self);
     }
 }
 
@@ -132,7 +133,7 @@ pub fn check(cpu: &mut Cpu) -> Exec {
 }
 
 /// Ends the shadow, TF, MTF and RF of the instruction that completed.
-fn finish_previous(cpu: &mut Cpu) {
+pub(super) fn finish_previous(cpu: &mut Cpu) {
     let now = cpu.icount;
     let completed = |at: &mut Option<u64>| at.take().is_some_and(|at| at != now);
     if cpu.interruptibility & SHADOW != 0 && cpu.boundary.shadow_at != now {

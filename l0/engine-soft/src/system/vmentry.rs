@@ -185,6 +185,7 @@ fn tpr_threshold(cpu: &mut Cpu) {
 
 /// VM exit: the processor's state goes back to `vmcs` and `regs` (SDM Vol. 3C §28.3).
 pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
+    super::pending::finish_previous(cpu);
     regs.gpr.copy_from_slice(&cpu.regs[..16]);
     regs.cr2 = cpu.cr2;
     regs.cr8 = cpu.cr8;
