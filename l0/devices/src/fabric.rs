@@ -309,3 +309,164 @@ impl IrqSink for Interrupts {
         chips.ioapic.set_pin(pin, asserted, &mut LapicBus(self));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::{ClockTsc, ManualClock};
+    use crate::ioapic::IOAPIC_BASE;
+    use crate::lapic::{DEFAULT_APIC_BASE, LapicConfig};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A fabric of `cpus` vCPUs, all software-enabled, vCPU 0 in virtual wire mode.
+    fn fabric(cpus: u32) -> Arc<Interrupts> {
+        let clock = Arc::new(ManualClock::default());
+        let tsc = Arc::new(ClockTsc::new(clock.clone(), 1_000_000_000));
+        let lapics = (0..cpus).map(|id| {
+            let config = LapicConfig { id, bsp: id == 0, ..LapicConfig::default() };
+            LocalApic::new(config, clock.clone(), tsc.clone())
+        });
+        let fabric = Interrupts::new(lapics.collect());
+        fabric.with_lapic(0, LocalApic::enter_virtual_wire_mode);
+        for cpu in 1..cpus as usize {
+            assert!(fabric.lapic_mmio_write(cpu, DEFAULT_APIC_BASE + 0xf0, 4, 0x1ff));
+        }
+        fabric
+    }
+
+    fn program_pin(fabric: &Interrupts, pin: u32, entry: u64) {
+        for (half, value) in [(1, (entry >> 32) as u32), (0, entry as u32)] {
+            fabric.ioapic_write(0, 0x10 + pin * 2 + half);
+            fabric.ioapic_write(0x10, value);
+        }
+    }
+
+    fn initialise_pic(fabric: &Interrupts) {
+        for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0)] {
+            fabric.pic_write(port, value);
+        }
+    }
+
+    fn eoi(fabric: &Interrupts, cpu: usize) {
+        assert!(fabric.lapic_mmio_write(cpu, DEFAULT_APIC_BASE + 0xb0, 4, 0));
+    }
+
+    #[test]
+    fn the_timer_line_reaches_pic_and_pin_2() {
+        let fabric = fabric(1);
+        initialise_pic(&fabric);
+        program_pin(&fabric, 2, 0x30);
+        fabric.isa_line(0).set(true);
+        // Both have it: the 8259's first.
+        assert_eq!(fabric.take_interrupt(0), Some(0x20));
+        assert_eq!(fabric.take_interrupt(0), Some(0x30));
+        assert_eq!(fabric.take_interrupt(0), None);
+    }
+
+    #[test]
+    fn virtual_wire_delivers_8259_vectors() {
+        let fabric = fabric(1);
+        initialise_pic(&fabric);
+        let line = fabric.isa_line(4);
+        assert!(!fabric.has_interrupt(0));
+        line.set(true);
+        assert!(fabric.has_interrupt(0));
+        assert_eq!(fabric.take_interrupt(0), Some(0x24));
+        assert!(!fabric.has_interrupt(0));
+        // LINT0 masked: nothing passes.
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x350, 4, 0x1_0700));
+        fabric.pic_write(0x20, 0x20);
+        line.set(false);
+        line.set(true);
+        assert!(!fabric.has_interrupt(0));
+    }
+
+    #[test]
+    fn eoi_of_a_level_interrupt_reaches_the_io_apic() {
+        let fabric = fabric(1);
+        program_pin(&fabric, 9, 1 << 15 | 0x45);
+        let line = fabric.isa_line(9);
+        line.set(true);
+        assert_eq!(fabric.take_interrupt(0), Some(0x45));
+        eoi(&fabric, 0);
+        assert_eq!(fabric.take_interrupt(0), Some(0x45), "still asserted");
+        line.set(false);
+        eoi(&fabric, 0);
+        assert_eq!(fabric.take_interrupt(0), None);
+    }
+
+    #[test]
+    fn extint_through_io_apic_pin_0() {
+        let fabric = fabric(2);
+        initialise_pic(&fabric);
+        // LINT0 masked; pin 0 as ExtINT to APIC 1.
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x350, 4, 0x1_0700));
+        program_pin(&fabric, 0, 1 << 56 | 7 << 8);
+        fabric.isa_line(3).set(true);
+        assert!(!fabric.has_interrupt(0));
+        assert_eq!(fabric.take_interrupt(1), Some(0x23));
+        assert!(!fabric.has_interrupt(1));
+    }
+
+    #[test]
+    fn ipis_reach_their_destinations_and_notify() {
+        let fabric = fabric(3);
+        let told: Arc<Vec<AtomicUsize>> = Arc::new((0..3).map(|_| AtomicUsize::new(0)).collect());
+        let log = told.clone();
+        assert!(fabric.set_notifier(Box::new(move |cpu| {
+            log[cpu].fetch_add(1, Ordering::Relaxed);
+        })));
+        assert!(!fabric.set_notifier(Box::new(|_| {})));
+        // Fixed to APIC 2.
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x310, 4, 2 << 24));
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x300, 4, 0x4055));
+        assert_eq!([0, 1, 2].map(|cpu| fabric.take_interrupt(cpu)), [None, None, Some(0x55)]);
+        // INIT and start-up to all but self.
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x300, 4, 0xc_4500));
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x300, 4, 0xc_4608));
+        for cpu in [1, 2] {
+            assert_eq!(fabric.with_lapic(cpu, LocalApic::take_init), Some(true));
+            assert_eq!(fabric.with_lapic(cpu, LocalApic::take_sipi), Some(Some(8)));
+        }
+        assert_eq!(fabric.with_lapic(0, |l| l.init_or_sipi_pending()), Some(false));
+        // To itself.
+        assert!(fabric.lapic_mmio_write(0, DEFAULT_APIC_BASE + 0x300, 4, 0x4_4066));
+        assert_eq!(fabric.take_interrupt(0), Some(0x66));
+        let told: Vec<usize> = told.iter().map(|n| n.load(Ordering::Relaxed)).collect();
+        assert_eq!(told, [1, 2, 3]);
+    }
+
+    #[test]
+    fn lowest_priority_goes_to_the_least_busy() {
+        // SDM Vol. 3A §11.6.2.4
+        let fabric = fabric(2);
+        fabric.with_lapic(0, |l| l.set_tpr(0x40));
+        program_pin(&fabric, 4, 0xff << 56 | 1 << 8 | 0x61);
+        fabric.isa_line(4).set(true);
+        assert_eq!([0, 1].map(|cpu| fabric.take_interrupt(cpu)), [None, Some(0x61)]);
+    }
+
+    #[test]
+    fn nmi_button_and_missing_cpus() {
+        let fabric = fabric(2);
+        fabric.pulse_nmi();
+        assert_eq!(fabric.with_lapic(0, LocalApic::take_nmi), Some(true));
+        // vCPU 1's LINT1 is masked.
+        assert_eq!(fabric.with_lapic(1, LocalApic::take_nmi), Some(false));
+        assert_eq!(fabric.take_interrupt(7), None);
+        assert_eq!(fabric.read_msr(7, 0x1b), Err(GpFault));
+        assert!(!fabric.lapic_mmio_write(7, IOAPIC_BASE, 4, 0));
+    }
+
+    #[test]
+    fn reset_masks_everything() {
+        let fabric = fabric(1);
+        initialise_pic(&fabric);
+        program_pin(&fabric, 4, 0x61);
+        fabric.reset();
+        fabric.isa_line(4).set(true);
+        assert!(!fabric.has_interrupt(0));
+        fabric.ioapic_write(0, 0x18);
+        assert_eq!(fabric.ioapic_read(0x10), 0x1_0000);
+    }
+}
