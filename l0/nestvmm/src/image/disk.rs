@@ -29,7 +29,7 @@ pub(super) fn write(path: &Path, files: &[EspFile<'_>]) -> io::Result<u64> {
     // The backup GPT takes 33 blocks at the end.
     let total = START + esp + MIB;
 
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = directory_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut scratch = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
@@ -44,6 +44,11 @@ pub(super) fn write(path: &Path, files: &[EspFile<'_>]) -> io::Result<u64> {
     scratch.as_file().sync_all()?;
     scratch.persist(path).map_err(|e| e.error)?;
     Ok(total)
+}
+
+/// The directory that `path` is in.
+pub(super) fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Identifiers that are the same for the same contents, so that images can be compared.

@@ -153,9 +153,10 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
         None => None,
     };
     let cache = Cache::open()?;
+    let mut apt = Apt::new(cache.path())?;
     let kernel = match &options.kernel_file {
         Some(path) => kernel_from_file(path, &options)?,
-        None => kernel_from_package(cache.path(), &options)?,
+        None => kernel_from_package(&mut apt, &options)?,
     };
     for name in &options.modules {
         if !kernel.modules.modules.contains_key(&name.replace('-', "_")) {
@@ -165,7 +166,7 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
     notices.extend(module_notice(&kernel));
     let busybox = match own_busybox {
         Some(b) => b,
-        None => busybox_from_package(cache.path())?,
+        None => busybox_from_package(&mut apt)?,
     };
     let applets = list_applets(&busybox);
 
@@ -192,16 +193,21 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
     })
 }
 
+/// Refuses an output that can't be written before any work is done for it.
 fn check_output(options: &BuildOptions) -> Result<(), ImageError> {
     let path = &options.output;
+    let writable = || {
+        let scratch = tempfile::tempfile_in(disk::directory_of(path));
+        scratch.map(drop).map_err(|source| ImageError::Write { path: path.clone(), source })
+    };
     match std::fs::symlink_metadata(path) {
-        Ok(m) if m.is_file() && options.force => Ok(()),
+        Ok(m) if m.is_file() && options.force => writable(),
         Ok(m) if m.is_file() => Err(ImageError::Exists { path: path.clone() }),
         Ok(_) => {
             let source = std::io::Error::other("there is something that is not a file");
             Err(ImageError::Write { path: path.clone(), source })
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => writable(),
         Err(source) => Err(ImageError::Write { path: path.clone(), source }),
     }
 }
@@ -259,8 +265,7 @@ fn wanted(options: &BuildOptions) -> Vec<&str> {
     KVM_MODULES.into_iter().chain(options.modules.iter().map(String::as_str)).collect()
 }
 
-fn kernel_from_package(cache: &Path, options: &BuildOptions) -> Result<Kernel, ImageError> {
-    let mut apt = Apt::new(cache)?;
+fn kernel_from_package(apt: &mut Apt, options: &BuildOptions) -> Result<Kernel, ImageError> {
     let mut package = apt.show(&options.kernel_package)?;
     // From "linux-image-amd64" to "linux-image-6.1.0-13-amd64", maybe over another step.
     for _ in 0..4 {
@@ -308,8 +313,7 @@ fn is_versioned(name: &str, prefix: &str) -> bool {
     rest.is_some_and(|r| r.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-fn busybox_from_package(cache: &Path) -> Result<BootFile, ImageError> {
-    let mut apt = Apt::new(cache)?;
+fn busybox_from_package(apt: &mut Apt) -> Result<BootFile, ImageError> {
     let package = apt.show(BUSYBOX_PACKAGE)?;
     let path = apt.download(&package)?;
     let mut files = deb::extract(&path, |p| p == "bin/busybox" || p == "usr/bin/busybox")?;
@@ -434,3 +438,6 @@ impl Cache {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
