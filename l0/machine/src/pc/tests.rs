@@ -42,7 +42,8 @@ fn cpus_are_checked() {
 #[test]
 fn every_way_to_end_the_machine() {
     let (pc, _) = pc_with(|c| c.debug_exit = true);
-    let ways: &[(&[(u16, u8, u32)], MachineEvent)] = &[
+    type Write = (u16, u8, u32);
+    let ways: &[(&[Write], MachineEvent)] = &[
         (&[(0x604, 2, 0x3400)], MachineEvent::PowerOff),
         (&[(0xcf9, 1, 2), (0xcf9, 1, 6)], MachineEvent::Reset),
         (&[(0x64, 1, 0xfe)], MachineEvent::Reset),
