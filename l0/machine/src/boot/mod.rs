@@ -206,13 +206,6 @@ pub(crate) fn describe(data: &[u8]) -> &'static str {
 }
 
 #[cfg(test)]
-pub(crate) mod testing {
-    use std::sync::Arc;
-
-    use memory::{L1Ram, MachineMemory, RamLayout};
-
-    /// RAM of `size` bytes.
-    pub(crate) fn ram(size: u64) -> L1Ram {
-        L1Ram::new(Arc::new(MachineMemory::new(size).unwrap()), RamLayout::new(size)).unwrap()
-    }
-}
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
