@@ -120,7 +120,7 @@ pub struct LapicConfig {
     /// Timer input clock in hertz before the divider: the core crystal clock that CPUID
     /// leaf 0x15 reports in ECX (SDM Vol. 3A §11.5.4).
     pub timer_hz: u64,
-    /// Physical-address width (CPUID 0x8000_0008 EAX[7:0]); bits from there up are reserved in
+    /// Physical-address width (CPUID 0x8000_0008, `EAX[7:0]`); bits from there up are reserved in
     /// IA32_APIC_BASE.
     pub max_phys_bits: u8,
     /// CPUID.01H:ECX.x2APIC: whether x2APIC mode may be entered.
@@ -420,7 +420,7 @@ impl LocalApic {
         self.tpr >> 4
     }
 
-    /// A write of CR8 sets TPR[7:4] and clears TPR[3:0].
+    /// A write of CR8 sets `TPR[7:4]` and clears `TPR[3:0]`.
     pub fn set_cr8(&mut self, cr8: u8) {
         self.tpr = cr8 << 4;
     }

@@ -457,7 +457,7 @@ impl Pc {
         self.interrupts.write_msr(cpu, msr, value)
     }
 
-    /// CR8 of vCPU `cpu`: TPR[7:4].
+    /// CR8 of vCPU `cpu`: `TPR[7:4]`.
     pub fn cr8(&self, cpu: usize) -> u8 {
         self.interrupts.with_lapic(cpu, |l| l.cr8()).unwrap_or(0)
     }
