@@ -23,7 +23,7 @@ impl Cpu {
         let mut tsc = host_tsc();
         if self.primary(PrimaryControls::USE_TSC_OFFSETTING) {
             if self.secondary(SecondaryControls::USE_TSC_SCALING) {
-                tsc = (tsc as u128 * self.controls.tsc_multiplier as u128 >> 48) as u64;
+                tsc = ((tsc as u128 * self.controls.tsc_multiplier as u128) >> 48) as u64;
             }
             tsc = tsc.wrapping_add(self.controls.tsc_offset);
         }

@@ -27,6 +27,8 @@ pub mod vmentry;
 mod vmx;
 
 #[cfg(test)]
+pub(crate) mod testutil;
+#[cfg(test)]
 mod tests;
 
 use engine::VmExit;

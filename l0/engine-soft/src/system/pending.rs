@@ -1,5 +1,9 @@
 //! What happens between two instructions (SDM Vol. 3A §6.9, table 6-2; Vol. 3C §26.2, §26.5).
 //!
+//! Data and I/O breakpoints are found by decoding the next instruction before it runs, so
+//! that the memory path knows nothing of them; a REP string instruction counts as one
+//! access to its whole range, and gathers and scatters are not looked at.
+//!
 //! Not supported: SMIs, INIT and start-up IPIs (L0 resets vCPUs itself), branch trapping
 //! (IA32_DEBUGCTL.BTF), virtual-interrupt delivery.
 
@@ -7,15 +11,20 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use engine::{Activity, VmExit, interruptibility, pending_debug};
+use iced_x86::{
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
+    OpAccess, OpKind, Register, UsedMemory,
+};
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
 use x86_spec::exit::ExitReason;
-use x86_spec::reg::{dr, rflags};
+use x86_spec::reg::{cr4, dr, gpr, rflags};
 use x86_spec::segment::seg;
 
 use super::capabilities::host_tsc;
 use super::event::deliver;
-use crate::cpu::{Cpu, Event, Exec};
+use crate::cpu::{CodeSize, Cpu, Event, Exec, Reason};
+use crate::operand::{segment_index, size_mask};
 
 /// What the processor remembers from one instruction boundary to the next.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +35,8 @@ pub struct Boundary {
     pub(super) step_at: Option<u64>,
     /// `icount` when an instruction was started with the monitor trap flag.
     mtf_at: Option<u64>,
+    /// `icount` when an instruction was started that meets data or I/O breakpoints, and which.
+    data_at: Option<(u64, u64)>,
     /// `icount` when an instruction was started with RF set.
     resume_at: Option<u64>,
     /// An MTF VM exit is pending.
@@ -142,6 +153,11 @@ pub(super) fn finish_previous(cpu: &mut Cpu) {
     if completed(&mut cpu.boundary.step_at) {
         cpu.pending_debug |= pending_debug::BS;
     }
+    if let Some((at, hits)) = cpu.boundary.data_at.take()
+        && at != now
+    {
+        cpu.pending_debug |= hits | pending_debug::ENABLED_BREAKPOINT;
+    }
     if completed(&mut cpu.boundary.mtf_at) {
         cpu.boundary.mtf_pending = true;
     }
@@ -229,9 +245,125 @@ fn prepare_next(cpu: &mut Cpu) {
     let resume = cpu.rflags_other & rflags::RF != 0;
     let shadow = cpu.interruptibility & SHADOW != 0;
     let data_breakpoints = breakpoints(cpu.dr7).any(|b| b.condition != Condition::Execute);
+    let hits = if data_breakpoints { data_breakpoint_hits(cpu) } else { 0 };
     let b = &mut cpu.boundary;
+    b.data_at = (hits != 0).then_some((now, hits));
     b.step_at = trap.then_some(now);
     b.mtf_at = mtf.then_some(now);
     b.resume_at = resume.then_some(now);
     cpu.single = trap || mtf || resume || shadow || b.instruction_breakpoints || data_breakpoints;
+}
+
+/// Which data and I/O breakpoints the next instruction will meet, as bits 3:0.
+fn data_breakpoint_hits(cpu: &mut Cpu) -> u64 {
+    let Some(i) = next_instruction(cpu) else { return 0 };
+    let mut hits = 0;
+    let mut info = InstructionInfoFactory::new();
+    for m in info.info_options(&i, InstructionInfoOptions::NO_REGISTER_USAGE).used_memory() {
+        let Some((start, len)) = accessed_range(cpu, &i, m) else { continue };
+        let writes = matches!(
+            m.access(),
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        );
+        for b in breakpoints(cpu.dr7) {
+            let watches = b.condition == Condition::ReadWrite || b.condition == Condition::Write && writes;
+            if watches && overlaps(cpu.dr[b.number], b.length, start, len) {
+                hits |= 1 << b.number;
+            }
+        }
+    }
+    if cpu.cr4 & cr4::DE != 0
+        && let Some((port, size)) = accessed_port(cpu, &i)
+    {
+        for b in breakpoints(cpu.dr7).filter(|b| b.condition == Condition::Io) {
+            if overlaps(cpu.dr[b.number], b.length, port, size) {
+                hits |= 1 << b.number;
+            }
+        }
+    }
+    hits
+}
+
+/// Whether a breakpoint, aligned to its length (SDM Vol. 3B §18.2.5), meets an access.
+fn overlaps(address: u64, length: u8, start: u64, len: u64) -> bool {
+    let first = address & !(length as u64 - 1);
+    start < first.saturating_add(length as u64) && first < start.saturating_add(len)
+}
+
+/// The instruction at RIP, if it can be fetched. A fault is left to the real fetch.
+fn next_instruction(cpu: &mut Cpu) -> Option<Instruction> {
+    let mut bytes = [0u8; 15];
+    let mut have = 0;
+    while have < bytes.len() {
+        let rip = cpu.rip().wrapping_add(have as u64) & cpu.ip_mask();
+        let linear = if cpu.is_64() {
+            rip
+        } else {
+            cpu.segments[seg::CS].base.wrapping_add(rip) & 0xffff_ffff
+        };
+        let Ok(at) = cpu.fetch_address(linear) else {
+            cpu.reason = Reason::None;
+            break;
+        };
+        let n = (bytes.len() - have).min(0x1000 - (linear & 0xfff) as usize);
+        cpu.memory.read(at, bytes.get_mut(have..have + n)?).ok()?;
+        have += n;
+    }
+    let bits = match cpu.code_size {
+        CodeSize::Bits16 => 16,
+        CodeSize::Bits32 => 32,
+        CodeSize::Bits64 => 64,
+    };
+    let mut decoder = Decoder::with_ip(bits, bytes.get(..have)?, cpu.rip(), DecoderOptions::NONE);
+    let i = decoder.decode();
+    (!i.is_invalid()).then_some(i)
+}
+
+/// Linear start and length of what an instruction accesses.
+fn accessed_range(cpu: &Cpu, i: &Instruction, m: &UsedMemory) -> Option<(u64, u64)> {
+    if !matches!(
+        m.access(),
+        OpAccess::Read
+            | OpAccess::CondRead
+            | OpAccess::Write
+            | OpAccess::CondWrite
+            | OpAccess::ReadWrite
+            | OpAccess::ReadCondWrite
+    ) {
+        return None;
+    }
+    let start = m.virtual_address(0, |r, _, _| {
+        Some(if r.is_segment_register() {
+            let flat = cpu.is_64() && !matches!(r, Register::FS | Register::GS);
+            if flat { 0 } else { cpu.segments[segment_index(r)].base }
+        } else {
+            cpu.reg(r)
+        })
+    })?;
+    let start = if cpu.is_64() { start } else { start & 0xffff_ffff };
+    let size = (m.memory_size().size() as u64).max(1);
+    if !i.is_string_instruction() || !(i.has_rep_prefix() || i.has_repne_prefix()) {
+        return Some((start, size));
+    }
+    let count = cpu.gpr(gpr::RCX) & size_mask(m.address_size() as u8);
+    let len = size.saturating_mul(count);
+    Some(if cpu.df() { (start.saturating_sub(len.saturating_sub(size)), len) } else { (start, len) })
+}
+
+/// Port and size of an I/O instruction.
+fn accessed_port(cpu: &Cpu, i: &Instruction) -> Option<(u64, u64)> {
+    let (operand, size) = match i.mnemonic() {
+        Mnemonic::In => (1, i.op0_register().size()),
+        Mnemonic::Out => (0, i.op1_register().size()),
+        Mnemonic::Insb | Mnemonic::Outsb => return Some((cpu.gpr(gpr::RDX) & 0xffff, 1)),
+        Mnemonic::Insw | Mnemonic::Outsw => return Some((cpu.gpr(gpr::RDX) & 0xffff, 2)),
+        Mnemonic::Insd | Mnemonic::Outsd => return Some((cpu.gpr(gpr::RDX) & 0xffff, 4)),
+        _ => return None,
+    };
+    let port = if i.op_kind(operand) == OpKind::Register {
+        cpu.gpr(gpr::RDX) & 0xffff
+    } else {
+        i.immediate8() as u64
+    };
+    Some((port, size as u64))
 }

@@ -223,11 +223,11 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     if cpu.secondary(SecondaryControls::ENABLE_EPT) {
         g.pdptes = cpu.pdptes;
     }
-    if exit.contains(ExitControls::SAVE_VMX_PREEMPTION_TIMER) {
-        if let Some(deadline) = cpu.timer_deadline {
-            let left = deadline.saturating_sub(host_tsc()) >> PREEMPTION_TIMER_SHIFT;
-            g.preemption_timer = left.min(u32::MAX as u64) as u32;
-        }
+    if exit.contains(ExitControls::SAVE_VMX_PREEMPTION_TIMER)
+        && let Some(deadline) = cpu.timer_deadline
+    {
+        let left = deadline.saturating_sub(host_tsc()) >> PREEMPTION_TIMER_SHIFT;
+        g.preemption_timer = left.min(u32::MAX as u64) as u32;
     }
     // With "unrestricted guest", the entry control follows LMA (SDM Vol. 3C §28.2).
     if cpu.secondary(SecondaryControls::UNRESTRICTED_GUEST) {
