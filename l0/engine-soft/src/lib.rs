@@ -23,11 +23,9 @@ use std::sync::{Arc, Mutex};
 
 use engine::{
     Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, Vcpu, VmExit,
-    interruptibility, pending_debug,
 };
 use memory::{Gpa, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
-use x86_spec::reg::rflags;
 
 use block::{BlockCache, Watcher, WrittenPages};
 use cpu::{CodeSize, Cpu, Reason, Shared};
@@ -269,18 +267,14 @@ impl Vcpu for SoftVcpu {
         let exit = match system::vmentry::load(cpu, vmcs, regs) {
             Err(exit) => Some(exit),
             Ok(()) => {
-                let shadow = cpu.interruptibility & (interruptibility::STI | interruptibility::MOV_SS);
-                let trap = cpu.rflags_other & rflags::TF != 0;
-                let exit = cpu.run();
+                let mut exit = cpu.run();
                 match exit {
                     Some(exit) => cpu.leave(exit, vmcs, regs),
                     None => {
-                        // The boundary after this instruction is the next entry's first.
-                        cpu.interruptibility &= !shadow;
-                        if trap {
-                            cpu.pending_debug |= pending_debug::BS;
-                        }
+                        // The boundary after this instruction is the next entry's first: saving ends
+                        // the interrupt shadow and makes a single-step trap pending.
                         system::vmentry::save(cpu, vmcs, regs);
+                        exit = system::pending::take_exit(cpu);
                     }
                 }
                 exit

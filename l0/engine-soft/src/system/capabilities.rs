@@ -50,6 +50,7 @@ const SECONDARY: S = S::ENABLE_EPT
     .union(S::RDRAND_EXITING)
     .union(S::ENABLE_INVPCID)
     .union(S::RDSEED_EXITING)
+    .union(S::ENABLE_XSAVES_XRSTORS)
     .union(S::USE_TSC_SCALING);
 
 const EXIT: X = X::SAVE_DEBUG_CONTROLS

@@ -8,7 +8,7 @@ use x86_spec::controls::{PrimaryControls, SecondaryControls};
 use x86_spec::exception;
 use x86_spec::exit::cr_access::{self, Kind};
 use x86_spec::exit::ExitReason;
-use x86_spec::reg::{cr0, cr4, dr, efer};
+use x86_spec::reg::{cr0, cr4, dr, efer, gpr};
 use x86_spec::segment::seg;
 
 use super::{MAX_PHYSICAL_BITS, instruction_exit_for};
@@ -368,17 +368,18 @@ fn mov_from_dr(cpu: &mut Cpu, i: &Instruction) -> Exec {
     Ok(())
 }
 
-/// XGETBV: XCR0, and XCR1 (its in-use form) is not offered.
+/// XGETBV: XCR0, or with ECX = 1 the components in use (SDM Vol. 2C): all enabled ones, which
+/// is what an implementation may always say.
 pub(super) fn xgetbv(cpu: &mut Cpu, _: &Instruction) -> Exec {
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(cpu.ud());
     }
-    if cpu.gpr(1) as u32 != 0 {
+    if cpu.gpr(gpr::RCX) as u32 > 1 {
         return Err(cpu.gp(0));
     }
     let v = cpu.xcr0;
-    cpu.set_gpr(0, v & 0xffff_ffff);
-    cpu.set_gpr(2, v >> 32);
+    cpu.set_gpr(gpr::RAX, v & 0xffff_ffff);
+    cpu.set_gpr(gpr::RDX, v >> 32);
     Ok(())
 }
 

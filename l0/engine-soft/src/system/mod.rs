@@ -40,6 +40,7 @@ use crate::cpu::{Cpu, Exec, Stop};
 use crate::op::{SimpleFn, SimpleKind};
 
 pub use event::deliver;
+pub(crate) use vmx::{require_xsaves, xss_exit};
 
 /// Physical-address width that reserved-bit checks assume (SDM Vol. 3A §4.1.4).
 pub const MAX_PHYSICAL_BITS: u32 = crate::mmu::MAXPHYADDR;

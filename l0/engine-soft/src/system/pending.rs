@@ -143,6 +143,13 @@ pub fn check(cpu: &mut Cpu) -> Exec {
     Ok(())
 }
 
+/// The trap-like exit that the instruction executed by [`engine::Vcpu::emulate`] left pending:
+/// TPR below threshold or MTF. To be called after the state was saved.
+pub fn take_exit(cpu: &mut Cpu) -> Option<VmExit> {
+    let mtf = std::mem::take(&mut cpu.boundary.mtf_pending);
+    cpu.boundary.trap_exit.take().or(mtf.then(|| VmExit::new(ExitReason::MonitorTrapFlag)))
+}
+
 /// Ends the shadow, TF, MTF and RF of the instruction that completed.
 pub(super) fn finish_previous(cpu: &mut Cpu) {
     let now = cpu.icount;

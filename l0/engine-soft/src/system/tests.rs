@@ -391,7 +391,7 @@ fn iret_to_user() {
     let mut g = Guest::long(&[0x48, 0xcf]).with(gpr::RSP, STACK - 40).patch(|g| {
         g.vmcs.guest.interruptibility = interruptibility::NMI;
         let frame =
-            [CODE + 0x100, sel::USER_CODE64 as u64, 0x202 | rflags::TF & 0, DATA, sel::USER_DATA as u64];
+            [CODE + 0x100, sel::USER_CODE64 as u64, 0x202, DATA, sel::USER_DATA as u64];
         for (n, v) in frame.iter().enumerate() {
             g.write64(STACK - 40 + n as u64 * 8, *v);
         }
@@ -1188,7 +1188,7 @@ fn virtual_8086_round_trip() {
         let flags = 0x202 | rflags::VM as u32 | 3 << 12;
         let frame = [0x10, (CODE >> 4) as u32, flags, 0x100, 0x2000, 1, 2, 3, 4];
         for (n, v) in frame.iter().enumerate() {
-            g.write(STACK - 36 + n as u64 * 4, &(*v as u32).to_le_bytes());
+            g.write(STACK - 36 + n as u64 * 4, &v.to_le_bytes());
         }
         // int 0x21 with IOPL 3
         g.write(CODE + 0x10, &[0xcd, 0x21]);
@@ -1206,7 +1206,7 @@ fn virtual_8086_round_trip() {
     let mut g = Guest::protected(&[0xcf]).with(gpr::RSP, STACK - 36).patch(|g| {
         let frame = [0x10, (CODE >> 4) as u32, 0x202 | rflags::VM as u32, 0x100, 0x2000, 0, 0, 0, 0];
         for (n, v) in frame.iter().enumerate() {
-            g.write(STACK - 36 + n as u64 * 4, &(*v as u32).to_le_bytes());
+            g.write(STACK - 36 + n as u64 * 4, &v.to_le_bytes());
         }
         g.write(CODE + 0x10, &[0xcd, 0x21]);
     });
@@ -1239,4 +1239,89 @@ fn capabilities_are_consistent() {
     assert_eq!(c.misc & 0x1f, c.preemption_timer_shift as u64);
     let f = super::capabilities::tsc_frequency();
     assert!((100_000_000..20_000_000_000).contains(&f), "{f}");
+}
+
+/// What an emulated instruction leaves behind at its boundary: an ended shadow, a pending
+/// single-step trap unless it faulted, an MTF exit.
+#[test]
+fn emulated_instruction_boundary() {
+    let mut bus = Log(vec![]);
+    let mut g = Guest::long(&[0xec]).patch(|g| {
+        g.vmcs.guest.interruptibility = interruptibility::STI;
+        g.vmcs.guest.rflags |= rflags::TF;
+    });
+    assert_eq!(g.vcpu.emulate(&mut g.vmcs, &mut g.regs, &mut bus), None);
+    assert_eq!(g.vmcs.guest.interruptibility, 0);
+    g.expect_event(ex::DB, None);
+    assert_eq!(g.read64(g.vmcs.guest.rsp), CODE + 1);
+    let mut g = Guest::long(&[0x6c]).with(gpr::RDI, NOT_PRESENT).patch(|g| g.vmcs.guest.rflags |= rflags::TF);
+    assert_eq!(g.vcpu.emulate(&mut g.vmcs, &mut g.regs, &mut bus), None);
+    assert_eq!((g.vmcs.guest.rip, g.vmcs.guest.pending_debug), (handler(ex::PF), 0));
+    let mut g = Guest::long(&[0xec]).primary(PrimaryControls::MONITOR_TRAP_FLAG);
+    let exit = g.vcpu.emulate(&mut g.vmcs, &mut g.regs, &mut bus);
+    assert_eq!(exit.map(|e| e.reason), Some(R::MonitorTrapFlag));
+}
+
+/// XSAVES needs its control (SDM Vol. 3C §26.3).
+#[test]
+fn xsaves_control() {
+    // xsaves [rax]
+    let mut g = Guest::long(&with_code(&[0x0f, 0xc7, 0x28])).with(gpr::RAX, DATA);
+    g.vmcs.guest.cr4 |= cr4::OSXSAVE;
+    g.expect_event(ex::UD, None);
+    let mut g = Guest::long(&with_code(&[0x0f, 0xc7, 0x28]))
+        .with(gpr::RAX, DATA)
+        .secondary(SecondaryControls::ENABLE_XSAVES_XRSTORS);
+    g.vmcs.guest.cr4 |= cr4::OSXSAVE;
+    g.expect(R::Hlt);
+    // With a component in IA32_XSS and the XSS-exiting bitmap it exits.
+    let mut g = Guest::long(&[0x0f, 0xc7, 0x28])
+        .with(gpr::RAX, 1 << 8)
+        .secondary(SecondaryControls::ENABLE_XSAVES_XRSTORS);
+    g.vmcs.guest.cr4 |= cr4::OSXSAVE;
+    g.regs.msrs.xss = 1 << 8;
+    g.vmcs.controls.xss_exit_bitmap = 1 << 8;
+    g.expect(R::Xsaves);
+}
+
+/// LTR-loaded and injected state survive a save and load: what an exit wrote back enters
+/// again (CPL in SS.DPL, SDM Vol. 3C §25.4.1).
+#[test]
+fn cpl_is_kept_in_ss() {
+    // mov ss, null at CPL 0; cpuid
+    let mut g = Guest::long(&[0x8e, 0xd0, 0x90, 0x0f, 0xa2]).with(gpr::RAX, 0);
+    g.expect(R::Cpuid);
+    assert_eq!(g.vmcs.guest.segments[seg::SS].access.dpl(), 0);
+    let mut g = Guest::user(&[0x0f, 0xa2, 0xfa]);
+    g.expect(R::Cpuid);
+    assert_eq!(g.vmcs.guest.segments[seg::SS].access.dpl(), 3);
+    g.vmcs.guest.rip += 2;
+    g.expect_event(ex::GP, Some(0));
+}
+
+/// RDRAND sets CF and clears the other status flags; its exit names register and size
+/// (SDM Vol. 2B; Vol. 3C table 28-13).
+#[test]
+fn rdrand() {
+    let bytes = with_code(&[0x48, 0x0f, 0xc7, 0xf3]);
+    let mut g = Guest::long(&bytes).patch(|g| g.vmcs.guest.rflags |= rflags::STATUS);
+    g.expect(R::Hlt);
+    assert_eq!(g.vmcs.guest.rflags & rflags::STATUS, rflags::CF);
+    let mut g = Guest::long(&bytes).secondary(SecondaryControls::RDRAND_EXITING);
+    assert_eq!(g.expect(R::Rdrand).instruction_info, (gpr::RBX as u32) << 3 | 2 << 11);
+}
+
+/// INVLPG exits with the linear address; otherwise the translation goes away
+/// (SDM Vol. 3A §4.10.4.1).
+#[test]
+fn invlpg() {
+    // mov ecx, [rdi]; mov [rbx], rdx (the PDE); invlpg [rdi]; mov ecx, [rdi]
+    let mut g = Guest::long(&[0x8b, 0x0f, 0x48, 0x89, 0x13, 0x0f, 0x01, 0x3f, 0x8b, 0x0f])
+        .with(gpr::RDI, 0x20_0000)
+        .with(gpr::RBX, 0x1_2008)
+        .with(gpr::RDX, 0);
+    g.expect_event(ex::PF, Some(0));
+    assert_eq!(g.read64(g.vmcs.guest.rsp + 8), CODE + 8);
+    let mut g = Guest::long(&[0x0f, 0x01, 0x3f]).with(gpr::RDI, 0x1234).primary(PrimaryControls::INVLPG_EXITING);
+    assert_eq!(g.expect(R::Invlpg).qualification, 0x1234);
 }

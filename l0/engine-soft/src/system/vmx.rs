@@ -4,7 +4,7 @@
 use iced_x86::{Instruction, OpKind};
 use x86_spec::controls::SecondaryControls;
 use x86_spec::exit::ExitReason;
-use x86_spec::reg::cr4;
+use x86_spec::reg::{cr4, gpr};
 
 use super::info::operand_exit;
 use crate::cpu::{Cpu, Exec};
@@ -95,6 +95,26 @@ pub(super) fn vmwrite(cpu: &mut Cpu, i: &Instruction) -> Exec {
     check_mode(cpu)?;
     let reg2 = (i.op0_register().number() as u32) << 28;
     Err(operand_exit(cpu, i, ExitReason::Vmwrite, 1, reg2))
+}
+
+/// XSAVES and XRSTORS are #UD without their control (SDM Vol. 3C §26.3).
+///
+/// # Errors
+/// #UD.
+pub(crate) fn require_xsaves(cpu: &mut Cpu) -> Exec {
+    if cpu.secondary(SecondaryControls::ENABLE_XSAVES_XRSTORS) { Ok(()) } else { Err(cpu.ud()) }
+}
+
+/// The exit of XSAVES and XRSTORS by the XSS-exiting bitmap (SDM Vol. 3C §26.1.3).
+///
+/// # Errors
+/// The exit.
+pub(crate) fn xss_exit(cpu: &mut Cpu, i: &Instruction, reason: ExitReason) -> Exec {
+    let requested = cpu.gpr(gpr::RDX) << 32 | cpu.gpr(gpr::RAX) & 0xffff_ffff;
+    if requested & cpu.msrs.xss & cpu.controls.xss_exit_bitmap == 0 {
+        return Ok(());
+    }
+    Err(operand_exit(cpu, i, reason, 0, 0))
 }
 
 fn invalidate(cpu: &mut Cpu, i: &Instruction, reason: ExitReason) -> Exec {

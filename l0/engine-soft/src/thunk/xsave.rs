@@ -4,6 +4,7 @@
 
 use iced_x86::{Code, Instruction};
 use x86_spec::exception;
+use x86_spec::exit::ExitReason;
 use x86_spec::reg::gpr::{RAX, RDX};
 use x86_spec::reg::{cr0, cr4, xcr0};
 
@@ -11,6 +12,7 @@ use super::simple::{MXCSR_MASK, vector_count};
 use super::x87;
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::SimpleFn;
+use crate::system;
 
 /// Size of the legacy region.
 const LEGACY: usize = 512;
@@ -256,7 +258,9 @@ fn xsavec(cpu: &mut Cpu, i: &Instruction) -> Exec {
 }
 
 fn xsaves(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    system::require_xsaves(cpu)?;
     check(cpu, true)?;
+    system::xss_exit(cpu, i, ExitReason::Xsaves)?;
     save_compacted(cpu, i)
 }
 
@@ -320,7 +324,9 @@ fn xrstor(cpu: &mut Cpu, i: &Instruction) -> Exec {
 }
 
 fn xrstors(cpu: &mut Cpu, i: &Instruction) -> Exec {
+    system::require_xsaves(cpu)?;
     check(cpu, true)?;
+    system::xss_exit(cpu, i, ExitReason::Xrstors)?;
     restore(cpu, i, true)
 }
 
