@@ -185,7 +185,8 @@ pub(super) fn classify(i: &Instruction) -> Option<Class> {
         }
     }
     if kind & (SSE | AVX | MMX) != 0 && kind & X87 == 0 && uses_mxcsr(i.mnemonic()) {
-        kind |= FP;
+        // CVTPS2PI and its kin with a memory source name only an MMX register.
+        kind |= if kind & AVX != 0 { FP } else { FP | SSE };
     }
     let size = i.memory_size().size();
     let aligned = has_memory(i)

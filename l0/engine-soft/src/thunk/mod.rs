@@ -196,9 +196,6 @@ pub fn install(cpu: &mut Cpu, i: &Instruction, op: &mut Op) -> Installed {
         (SSE_MMX, true) => with_memory::<SSE_MMX>,
         (SSE_MMX_FP, false) => registers::<SSE_MMX_FP>,
         (SSE_MMX_FP, true) => with_memory::<SSE_MMX_FP>,
-        // CVTPS2PI and its kin with a memory source name only an MMX register.
-        (MMX_FP, false) => registers::<SSE_MMX_FP>,
-        (MMX_FP, true) => with_memory::<SSE_MMX_FP>,
         _ => return Installed::No,
     };
     Installed::Yes
@@ -208,7 +205,6 @@ const SSE_FP: u8 = SSE | FP;
 const AVX_FP: u8 = AVX | FP;
 const SSE_MMX: u8 = SSE | MMX;
 const SSE_MMX_FP: u8 = SSE | MMX | FP;
-const MMX_FP: u8 = MMX | FP;
 
 // Layout of `Op::imm` for thunks.
 /// The address must have none of these bits.

@@ -64,8 +64,9 @@ impl Image<'_> {
         let pending = status & !control & 0x3f != 0;
         self.set_word(FSW, status & !SUMMARY | if pending { SUMMARY } else { 0 });
     }
-    /// FNINIT (SDM Vol. 2A).
+    /// FNINIT (SDM Vol. 2A): the registers keep their places while TOP becomes 0.
     fn init(&mut self) {
+        self.rotate(8 - self.top());
         self.set_word(FCW, 0x37f);
         self.set_word(FSW, 0);
         self.0.x87.0[FTW] = 0;
