@@ -364,7 +364,7 @@ fn corpus() -> Vec<Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     /// Whatever a damaged file says, loading ends, and either entry is in RAM or there is an
     /// error that names the file.

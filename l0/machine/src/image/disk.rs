@@ -18,8 +18,13 @@ const MAX_PARTITIONS: u32 = 1024;
 const MAX_FILES: usize = 16384;
 /// Deepest directory listed.
 const MAX_DEPTH: usize = 16;
-/// What can be read from a partition in excess of twice its size.
+/// How often a partition's size can be read from it: file system code looks at a block of
+/// the FAT for each block of a file, twice, and at directories for each file.
+const BUDGET_TIMES: u64 = 4;
+/// What can be read from a partition in excess of that.
 const BUDGET_EXTRA: u64 = 64 << 20;
+/// What the smallest read counts for.
+const BUDGET_STEP: u64 = 512;
 /// The size of a partition that the budget believes in.
 const BUDGET_MAX: u64 = 2 << 30;
 
@@ -163,8 +168,7 @@ impl Read for Window {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let left = self.len.saturating_sub(self.position);
         let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        // A byte more than asked, so that reads of nothing are not for free.
-        let Some(budget) = self.budget.get().checked_sub(want as u64 + 1) else {
+        let Some(budget) = self.budget.get().checked_sub((want as u64).max(BUDGET_STEP)) else {
             return Err(io::Error::other(
                 "the same blocks are read over and over: its structures run in circles",
             ));
@@ -228,7 +232,7 @@ impl Fat {
                 len: disk_len,
             });
         }
-        let budget = partition.len.min(BUDGET_MAX) * 2 + BUDGET_EXTRA;
+        let budget = partition.len.min(BUDGET_MAX) * BUDGET_TIMES + BUDGET_EXTRA;
         let mut window = Window {
             file: device,
             start: partition.start,
@@ -263,6 +267,7 @@ impl Fat {
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
                 return Ok(None);
             }
+            Err(_) if self.fs.root_dir().open_dir(&path).is_ok() => return Ok(None),
             Err(e) => return Err(self.bad(&path, &e)),
         };
         let len = file.seek(SeekFrom::End(0)).map_err(|e| self.bad(&path, &e))?;

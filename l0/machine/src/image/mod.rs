@@ -347,3 +347,6 @@ impl Disk {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
