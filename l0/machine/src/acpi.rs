@@ -112,7 +112,8 @@ fn port_block(port: u16, bytes: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bytes * 8, 0, access, port.into())
 }
 
-/// Fixed ACPI Description Table (§5.2.9). The 32-bit and 64-bit forms of an address agree.
+/// Fixed ACPI Description Table (§5.2.9). The 32-bit and 64-bit forms of an address agree, but the FACS has only
+/// the 32-bit one: systems that find both list it twice.
 fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     let event = PM_BASE + PM1_EVENT;
     let control = PM_BASE + PM1_CONTROL;
@@ -128,7 +129,6 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
         .flag(Flags::ResetRegSup);
     // The tables are below 1 MiB.
     fadt.firmware_ctrl = (facs as u32).into();
-    fadt.x_firmware_ctrl = facs.into();
     fadt.dsdt = (dsdt as u32).into();
     fadt.x_dsdt = dsdt.into();
 
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!((u64_at(xsdt, 36), u64_at(xsdt, 44)), (fadt_at, madt_at));
         let (facs_at, _) = table(&tables, b"FACS");
         let (dsdt_at, _) = table(&tables, b"DSDT");
-        assert_eq!((u64_at(fadt, 132), u64_at(fadt, 140)), (facs_at, dsdt_at));
+        assert_eq!((u64_at(fadt, 132), u64_at(fadt, 140)), (0, dsdt_at));
         assert_eq!((u64::from(u32_at(fadt, 36)), u64::from(u32_at(fadt, 40))), (facs_at, dsdt_at));
         assert_eq!(facs_at % 64, 0);
         for signature in [b"XSDT", b"FACP", b"APIC", b"DSDT"] {
