@@ -14,10 +14,8 @@ use x86_spec::controls::{
 pub const PREEMPTION_TIMER_SHIFT: u8 = 5;
 
 /// Pin-based controls beyond the default-1 ones.
-const PIN: P = P::EXTERNAL_INTERRUPT_EXITING
-    .union(P::NMI_EXITING)
-    .union(P::VIRTUAL_NMIS)
-    .union(P::VMX_PREEMPTION_TIMER);
+const PIN: P =
+    P::EXTERNAL_INTERRUPT_EXITING.union(P::NMI_EXITING).union(P::VIRTUAL_NMIS).union(P::VMX_PREEMPTION_TIMER);
 
 const PRIMARY: C = C::INTERRUPT_WINDOW_EXITING
     .union(C::USE_TSC_OFFSETTING)
@@ -61,10 +59,8 @@ const EXIT: X = X::SAVE_DEBUG_CONTROLS
     .union(X::LOAD_IA32_EFER)
     .union(X::SAVE_VMX_PREEMPTION_TIMER);
 
-const ENTRY: N = N::LOAD_DEBUG_CONTROLS
-    .union(N::IA32E_MODE_GUEST)
-    .union(N::LOAD_IA32_PAT)
-    .union(N::LOAD_IA32_EFER);
+const ENTRY: N =
+    N::LOAD_DEBUG_CONTROLS.union(N::IA32E_MODE_GUEST).union(N::LOAD_IA32_PAT).union(N::LOAD_IA32_EFER);
 
 /// Bits that must be 1 even as the TRUE capability MSRs have it (appendix A.3–A.5).
 const DEFAULT1_PIN: u32 = 0x16;

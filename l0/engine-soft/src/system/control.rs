@@ -6,8 +6,8 @@ use engine::VmExit;
 use iced_x86::{Instruction, OpKind, Register};
 use x86_spec::controls::{PrimaryControls, SecondaryControls};
 use x86_spec::exception;
-use x86_spec::exit::cr_access::{self, Kind};
 use x86_spec::exit::ExitReason;
+use x86_spec::exit::cr_access::{self, Kind};
 use x86_spec::reg::{cr0, cr4, dr, efer, gpr};
 use x86_spec::segment::seg;
 

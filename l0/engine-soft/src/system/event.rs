@@ -195,8 +195,9 @@ fn combine(first: &Event, second: Event) -> Option<Event> {
             return Class::Benign;
         }
         match e.vector {
-            exception::DE | exception::TS | exception::NP | exception::SS | exception::GP
-            | exception::CP => Class::Contributory,
+            exception::DE | exception::TS | exception::NP | exception::SS | exception::GP | exception::CP => {
+                Class::Contributory
+            }
             exception::PF | exception::VE => Class::PageFault,
             exception::DF => Class::DoubleFault,
             _ => Class::Benign,
@@ -317,11 +318,8 @@ fn gate_target(cpu: &mut Cpu, selector: u16, ext: u32) -> Exec<Target> {
 }
 
 fn enter_handler(cpu: &mut Cpu, target: &Target, rip: u64, interrupt_gate: bool) {
-    let clear = rflags::TF
-        | rflags::NT
-        | rflags::RF
-        | rflags::VM
-        | if interrupt_gate { rflags::IF } else { 0 };
+    let clear =
+        rflags::TF | rflags::NT | rflags::RF | rflags::VM | if interrupt_gate { rflags::IF } else { 0 };
     cpu.set_rip(rip);
     cpu.cpl = target.cpl;
     cpu.rflags_other &= !rflags::VM;
@@ -397,8 +395,11 @@ pub(super) fn tss_stack32(cpu: &mut Cpu, cpl: u8, ext: u32) -> Exec<(Segment, u6
     let tr = cpu.segments[seg::TR];
     let tss_code = tr.selector as u32 & 0xfffc | ext;
     let wide = tr.access.ty() & 8 != 0;
-    let (offset, last) =
-        if wide { (4 + cpl as u32 * 8, 4 + cpl as u32 * 8 + 5) } else { (2 + cpl as u32 * 4, 2 + cpl as u32 * 4 + 3) };
+    let (offset, last) = if wide {
+        (4 + cpl as u32 * 8, 4 + cpl as u32 * 8 + 5)
+    } else {
+        (2 + cpl as u32 * 4, 2 + cpl as u32 * 4 + 3)
+    };
     if last > tr.limit {
         return Err(cpu.fault_code(exception::TS, tss_code));
     }

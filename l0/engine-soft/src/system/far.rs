@@ -28,8 +28,7 @@ pub(super) enum TaskSource {
 
 /// The exit for a task switch to `selector`.
 pub(super) fn task_switch(cpu: &mut Cpu, selector: u16, source: TaskSource, length: u32) -> Stop {
-    let mut exit =
-        VmExit::new(ExitReason::TaskSwitch).qualified(selector as u64 | (source as u64) << 30);
+    let mut exit = VmExit::new(ExitReason::TaskSwitch).qualified(selector as u64 | (source as u64) << 30);
     exit.instruction_length = length;
     cpu.exit(exit)
 }
@@ -145,7 +144,13 @@ fn destination(cpu: &mut Cpu, i: &Instruction, selector: u16, source: TaskSource
             Ok(Destination::Gate(CallGate {
                 selector: d.gate_selector(),
                 offset,
-                size: if long { 8 } else if wide { 4 } else { 2 },
+                size: if long {
+                    8
+                } else if wide {
+                    4
+                } else {
+                    2
+                },
                 parameters: if long { 0 } else { (d.raw >> 32) as u8 & 0x1f },
             }))
         }

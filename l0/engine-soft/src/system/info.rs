@@ -68,7 +68,13 @@ pub(super) fn memory_linear(cpu: &Cpu, i: &Instruction) -> u64 {
 ///
 /// `extra` holds what the reason adds: a register in bits 31:28 or 6:3, an instruction
 /// identity in bits 29:28, an operand size.
-pub(super) fn operand_exit(cpu: &mut Cpu, i: &Instruction, reason: ExitReason, operand: u32, extra: u32) -> Stop {
+pub(super) fn operand_exit(
+    cpu: &mut Cpu,
+    i: &Instruction,
+    reason: ExitReason,
+    operand: u32,
+    extra: u32,
+) -> Stop {
     let mut exit: VmExit = instruction_exit_for(i, reason);
     if i.op_kind(operand) == OpKind::Memory {
         exit.qualification = displacement(cpu, i);

@@ -89,7 +89,8 @@ fn port_operand(cpu: &Cpu, i: &Instruction, n: u32) -> (u16, bool) {
 }
 
 fn scalar_exit(cpu: &mut Cpu, i: &Instruction, port: u16, size: u8, flags: u64) -> Exec {
-    let exit = instruction_exit_for(i, ExitReason::IoInstruction).qualified(q::qualification(port, size, flags));
+    let exit =
+        instruction_exit_for(i, ExitReason::IoInstruction).qualified(q::qualification(port, size, flags));
     Err(cpu.exit(exit))
 }
 
@@ -145,11 +146,8 @@ fn decode_string(i: &Instruction) -> StringIo {
         OpKind::MemorySegESI | OpKind::MemoryESEDI => 4,
         _ => 8,
     };
-    let segment = if input || i.memory_segment() == Register::ES {
-        seg::ES
-    } else {
-        segment_index(i.memory_segment())
-    };
+    let segment =
+        if input || i.memory_segment() == Register::ES { seg::ES } else { segment_index(i.memory_segment()) };
     StringIo {
         input,
         size,
@@ -172,8 +170,8 @@ fn set_address_register(cpu: &mut Cpu, r: usize, size: u8, value: u64) {
 
 fn string_exit(cpu: &mut Cpu, i: &Instruction, s: &StringIo, port: u16) -> Exec {
     let flags = q::STRING | if s.input { q::IN } else { 0 } | if s.rep { q::REP } else { 0 };
-    let mut exit = instruction_exit_for(i, ExitReason::IoInstruction)
-        .qualified(q::qualification(port, s.size, flags));
+    let mut exit =
+        instruction_exit_for(i, ExitReason::IoInstruction).qualified(q::qualification(port, s.size, flags));
     exit.instruction_info = address_size_bits(s.address_size);
     if !s.input {
         exit.instruction_info |= (s.segment as u32) << 15;

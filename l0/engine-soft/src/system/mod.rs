@@ -27,9 +27,9 @@ pub mod vmentry;
 mod vmx;
 
 #[cfg(test)]
-pub(crate) mod testutil;
-#[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod testutil;
 
 use engine::VmExit;
 use iced_x86::{Instruction, Mnemonic};

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use engine::{Activity, VmExit, interruptibility, pending_debug};
 use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
-    OpAccess, OpKind, Register, UsedMemory,
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
+    OpKind, Register, UsedMemory,
 };
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
@@ -43,6 +43,8 @@ pub struct Boundary {
     pub(super) mtf_pending: bool,
     /// A trap-like exit of the previous instruction is pending.
     pub(super) trap_exit: Option<VmExit>,
+    /// DR7 enables a data breakpoint: accesses go the MMU's slow way, which looks for hits.
+    pub(crate) data_watch: bool,
     /// DR7 enables an instruction breakpoint.
     pub(super) instruction_breakpoints: bool,
 }
@@ -60,8 +62,33 @@ impl Cpu {
 
     /// Looks up what DR7 means for [`check`]; to be called when DR7 changes.
     pub(crate) fn boundary_dr7_changed(&mut self) {
-        self.boundary.instruction_breakpoints = breakpoints(self.dr7).any(|b| b.condition == Condition::Execute);
+        self.boundary.instruction_breakpoints =
+            breakpoints(self.dr7).any(|b| b.condition == Condition::Execute);
+        let watch =
+            breakpoints(self.dr7).any(|b| matches!(b.condition, Condition::Write | Condition::ReadWrite));
+        if watch && !std::mem::replace(&mut self.boundary.data_watch, watch) {
+            // Nothing cached before may bypass the watch.
+            self.mmu_clear();
+        }
+        self.boundary.data_watch = watch;
         self.request_event_check();
+    }
+
+    /// Records the data breakpoints that an access hits (SDM Vol. 3B §18.2.5).
+    pub(crate) fn data_breakpoints(&mut self, linear: u64, len: u64, write: bool) {
+        for b in breakpoints(self.dr7) {
+            let wanted = match b.condition {
+                Condition::Write => write,
+                Condition::ReadWrite => true,
+                Condition::Execute | Condition::Io => false,
+            };
+            let start = self.dr[b.number] & !(b.length as u64 - 1);
+            let overlap = linear < start.wrapping_add(b.length as u64) && start < linear.wrapping_add(len);
+            if wanted && overlap {
+                self.pending_debug |= 1 << b.number | pending_debug::ENABLED_BREAKPOINT;
+                self.request_event_check();
+            }
+        }
     }
 
     /// Starts a new run: VM entry. A shadow or trap flag that the VMCS holds counts from here.
@@ -190,9 +217,7 @@ fn debug_traps(cpu: &mut Cpu) -> Exec {
 
 fn preemption_timer(cpu: &mut Cpu) -> Exec {
     match cpu.timer_deadline {
-        Some(deadline) if host_tsc() >= deadline => {
-            Err(cpu.exit(VmExit::new(ExitReason::PreemptionTimer)))
-        }
+        Some(deadline) if host_tsc() >= deadline => Err(cpu.exit(VmExit::new(ExitReason::PreemptionTimer))),
         _ => Ok(()),
     }
 }
@@ -205,7 +230,8 @@ fn windows(cpu: &mut Cpu) -> Exec {
     }
     let blocking = cpu.interruptibility;
     let inactive = matches!(cpu.activity, Activity::Shutdown | Activity::WaitForSipi);
-    let nmi_blocked = blocking & (interruptibility::NMI | SHADOW) != 0 || cpu.activity == Activity::WaitForSipi;
+    let nmi_blocked =
+        blocking & (interruptibility::NMI | SHADOW) != 0 || cpu.activity == Activity::WaitForSipi;
     if cpu.primary(P::NMI_WINDOW_EXITING) && !nmi_blocked {
         return Err(cpu.exit(VmExit::new(ExitReason::NmiWindow)));
     }
@@ -252,7 +278,7 @@ fn prepare_next(cpu: &mut Cpu) {
     let resume = cpu.rflags_other & rflags::RF != 0;
     let shadow = cpu.interruptibility & SHADOW != 0;
     let data_breakpoints = breakpoints(cpu.dr7).any(|b| b.condition != Condition::Execute);
-    let hits = if data_breakpoints { data_breakpoint_hits(cpu) } else { 0 };
+    let hits = io_breakpoint_hits(cpu);
     let b = &mut cpu.boundary;
     b.data_at = (hits != 0).then_some((now, hits));
     b.step_at = trap.then_some(now);
@@ -261,34 +287,16 @@ fn prepare_next(cpu: &mut Cpu) {
     cpu.single = trap || mtf || resume || shadow || b.instruction_breakpoints || data_breakpoints;
 }
 
-/// Which data and I/O breakpoints the next instruction will meet, as bits 3:0.
-fn data_breakpoint_hits(cpu: &mut Cpu) -> u64 {
-    let Some(i) = next_instruction(cpu) else { return 0 };
-    let mut hits = 0;
-    let mut info = InstructionInfoFactory::new();
-    for m in info.info_options(&i, InstructionInfoOptions::NO_REGISTER_USAGE).used_memory() {
-        let Some((start, len)) = accessed_range(cpu, &i, m) else { continue };
-        let writes = matches!(
-            m.access(),
-            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-        );
-        for b in breakpoints(cpu.dr7) {
-            let watches = b.condition == Condition::ReadWrite || b.condition == Condition::Write && writes;
-            if watches && overlaps(cpu.dr[b.number], b.length, start, len) {
-                hits |= 1 << b.number;
-            }
-        }
+/// Which I/O breakpoints the next instruction will meet, as bits 3:0. (The MMU finds the hits of
+/// data breakpoints.)
+fn io_breakpoint_hits(cpu: &mut Cpu) -> u64 {
+    if cpu.cr4 & cr4::DE == 0 || !breakpoints(cpu.dr7).any(|b| b.condition == Condition::Io) {
+        return 0;
     }
-    if cpu.cr4 & cr4::DE != 0
-        && let Some((port, size)) = accessed_port(cpu, &i)
-    {
-        for b in breakpoints(cpu.dr7).filter(|b| b.condition == Condition::Io) {
-            if overlaps(cpu.dr[b.number], b.length, port, size) {
-                hits |= 1 << b.number;
-            }
-        }
-    }
-    hits
+    let Some((port, size)) = next_instruction(cpu).and_then(|i| accessed_port(cpu, &i)) else { return 0 };
+    breakpoints(cpu.dr7)
+        .filter(|b| b.condition == Condition::Io && overlaps(cpu.dr[b.number], b.length, port, size))
+        .fold(0, |all, b| all | 1 << b.number)
 }
 
 /// Whether a breakpoint, aligned to its length (SDM Vol. 3B §18.2.5), meets an access.
@@ -303,11 +311,8 @@ fn next_instruction(cpu: &mut Cpu) -> Option<Instruction> {
     let mut have = 0;
     while have < bytes.len() {
         let rip = cpu.rip().wrapping_add(have as u64) & cpu.ip_mask();
-        let linear = if cpu.is_64() {
-            rip
-        } else {
-            cpu.segments[seg::CS].base.wrapping_add(rip) & 0xffff_ffff
-        };
+        let linear =
+            if cpu.is_64() { rip } else { cpu.segments[seg::CS].base.wrapping_add(rip) & 0xffff_ffff };
         let Ok(at) = cpu.fetch_address(linear) else {
             cpu.reason = Reason::None;
             break;
@@ -324,37 +329,6 @@ fn next_instruction(cpu: &mut Cpu) -> Option<Instruction> {
     let mut decoder = Decoder::with_ip(bits, bytes.get(..have)?, cpu.rip(), DecoderOptions::NONE);
     let i = decoder.decode();
     (!i.is_invalid()).then_some(i)
-}
-
-/// Linear start and length of what an instruction accesses.
-fn accessed_range(cpu: &Cpu, i: &Instruction, m: &UsedMemory) -> Option<(u64, u64)> {
-    if !matches!(
-        m.access(),
-        OpAccess::Read
-            | OpAccess::CondRead
-            | OpAccess::Write
-            | OpAccess::CondWrite
-            | OpAccess::ReadWrite
-            | OpAccess::ReadCondWrite
-    ) {
-        return None;
-    }
-    let start = m.virtual_address(0, |r, _, _| {
-        Some(if r.is_segment_register() {
-            let flat = cpu.is_64() && !matches!(r, Register::FS | Register::GS);
-            if flat { 0 } else { cpu.segments[segment_index(r)].base }
-        } else {
-            cpu.reg(r)
-        })
-    })?;
-    let start = if cpu.is_64() { start } else { start & 0xffff_ffff };
-    let size = (m.memory_size().size() as u64).max(1);
-    if !i.is_string_instruction() || !(i.has_rep_prefix() || i.has_repne_prefix()) {
-        return Some((start, size));
-    }
-    let count = cpu.gpr(gpr::RCX) & size_mask(m.address_size() as u8);
-    let len = size.saturating_mul(count);
-    Some(if cpu.df() { (start.saturating_sub(len.saturating_sub(size)), len) } else { (start, len) })
 }
 
 /// Port and size of an I/O instruction.

@@ -51,11 +51,8 @@ pub(super) fn sysret(cpu: &mut Cpu, i: &Instruction) -> Exec {
         return Err(cpu.gp(0));
     }
     let selector = (cpu.msrs.star >> 48) as u16;
-    let cs = if wide {
-        flat(selector.wrapping_add(16) | 3, CODE64, 3)
-    } else {
-        flat(selector | 3, CODE32, 3)
-    };
+    let cs =
+        if wide { flat(selector.wrapping_add(16) | 3, CODE64, 3) } else { flat(selector | 3, CODE32, 3) };
     load_flat(cpu, 3, cs, selector.wrapping_add(8) | 3);
     cpu.set_rip(if wide { rip } else { rip & 0xffff_ffff });
     // RF, VM and reserved bits are cleared.

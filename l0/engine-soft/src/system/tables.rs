@@ -155,9 +155,8 @@ pub(super) fn ltr(cpu: &mut Cpu, i: &Instruction) -> Exec {
         return Err(cpu.gp(0));
     }
     let long = cpu.long_mode();
-    let (d, mut s) = system_segment(cpu, selector, |t| {
-        t == ty::TSS_AVAILABLE || t == ty::TSS16_AVAILABLE && !long
-    })?;
+    let (d, mut s) =
+        system_segment(cpu, selector, |t| t == ty::TSS_AVAILABLE || t == ty::TSS16_AVAILABLE && !long)?;
     // The descriptor in memory becomes busy, and so does the register.
     const BUSY: u64 = 2 << 40;
     cpu.sys_write::<u8>(d.address.wrapping_add(5), ((d.raw | BUSY) >> 40) as u8)?;

@@ -390,8 +390,7 @@ fn injection() {
 fn iret_to_user() {
     let mut g = Guest::long(&[0x48, 0xcf]).with(gpr::RSP, STACK - 40).patch(|g| {
         g.vmcs.guest.interruptibility = interruptibility::NMI;
-        let frame =
-            [CODE + 0x100, sel::USER_CODE64 as u64, 0x202, DATA, sel::USER_DATA as u64];
+        let frame = [CODE + 0x100, sel::USER_CODE64 as u64, 0x202, DATA, sel::USER_DATA as u64];
         for (n, v) in frame.iter().enumerate() {
             g.write64(STACK - 40 + n as u64 * 8, *v);
         }
@@ -467,10 +466,11 @@ fn sysenter_and_sysexit() {
     let mut g = Guest::user(&[0x0f, 0x34]);
     g.expect_event(ex::GP, Some(0));
     // sysexitq
-    let mut g = Guest::long(&[0x48, 0x0f, 0x35]).with(gpr::RDX, CODE + 0x100).with(gpr::RCX, DATA).patch(|g| {
-        g.vmcs.guest.sysenter_cs = 0x50;
-        g.write(CODE + 0x100, &[0x0f, 0xa2]);
-    });
+    let mut g =
+        Guest::long(&[0x48, 0x0f, 0x35]).with(gpr::RDX, CODE + 0x100).with(gpr::RCX, DATA).patch(|g| {
+            g.vmcs.guest.sysenter_cs = 0x50;
+            g.write(CODE + 0x100, &[0x0f, 0xa2]);
+        });
     g.expect(R::Cpuid);
     let s = &g.vmcs.guest;
     assert_eq!((s.rip, s.rsp), (CODE + 0x100, DATA));
@@ -628,14 +628,13 @@ fn io_on_a_bus() {
     assert_eq!(g.regs.gpr[gpr::RAX], 0xffff_ffff_ffff_5678);
     assert_eq!(g.vmcs.guest.rip, CODE + 2);
     // std; rep outsb, three bytes downwards
-    let mut g = Guest::long(&[0xf3, 0x6e])
-        .with(gpr::RDX, 0x10)
-        .with(gpr::RCX, 3)
-        .with(gpr::RSI, DATA + 2)
-        .patch(|g| {
-            g.write(DATA, b"abc");
-            g.vmcs.guest.rflags |= rflags::DF;
-        });
+    let mut g =
+        Guest::long(&[0xf3, 0x6e]).with(gpr::RDX, 0x10).with(gpr::RCX, 3).with(gpr::RSI, DATA + 2).patch(
+            |g| {
+                g.write(DATA, b"abc");
+                g.vmcs.guest.rflags |= rflags::DF;
+            },
+        );
     bus.0.clear();
     assert_eq!(g.vcpu.emulate(&mut g.vmcs, &mut g.regs, &mut bus), None);
     assert_eq!(bus.0, [(true, 16, 1, b'c' as u32), (true, 16, 1, b'b' as u32), (true, 16, 1, b'a' as u32)]);
@@ -1103,10 +1102,7 @@ fn protected_mode_frames() {
     let rsp = g.vmcs.guest.rsp;
     assert_eq!(rsp, STACK0 - 20);
     let frame: Vec<u32> = (0..5).map(|n| g.read32(rsp + n * 4)).collect();
-    assert_eq!(
-        frame,
-        [CODE as u32 + 2, sel::USER_CODE32 as u32, 2, STACK as u32, sel::USER_DATA as u32]
-    );
+    assert_eq!(frame, [CODE as u32 + 2, sel::USER_CODE32 as u32, 2, STACK as u32, sel::USER_DATA as u32]);
     // And IRETD back.
     g.write(handler(0x80), &[0xcf]);
     g.write(CODE + 2, &[0x0f, 0xa2]);
@@ -1322,6 +1318,142 @@ fn invlpg() {
         .with(gpr::RDX, 0);
     g.expect_event(ex::PF, Some(0));
     assert_eq!(g.read64(g.vmcs.guest.rsp + 8), CODE + 8);
-    let mut g = Guest::long(&[0x0f, 0x01, 0x3f]).with(gpr::RDI, 0x1234).primary(PrimaryControls::INVLPG_EXITING);
+    let mut g =
+        Guest::long(&[0x0f, 0x01, 0x3f]).with(gpr::RDI, 0x1234).primary(PrimaryControls::INVLPG_EXITING);
     assert_eq!(g.expect(R::Invlpg).qualification, 0x1234);
+}
+
+/// A small generator, so that a failure can be repeated from its seed.
+struct Random(u64);
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.next() as usize % from.len()]
+    }
+    /// Numbers where mistakes hide: small, at the ends, addresses of tables, random.
+    fn value(&mut self) -> u64 {
+        let n = self.next();
+        match n % 8 {
+            0 => self.next() & 0xff,
+            1 => u64::MAX - (self.next() & 0xff),
+            2 => self.pick(&[GDT, IDT, TSS, DATA, CODE, STACK, NOT_PRESENT, 1 << 47, 0xffff, 0xffff_ffff]),
+            3 => self.next() & 0xffff,
+            4 => 1 << (self.next() & 63),
+            _ => self.next(),
+        }
+    }
+}
+
+/// Random system instructions, tables, registers and segments in every mode end in an exit and
+/// never in a panic.
+#[test]
+fn random_system_code_always_exits() {
+    const OPCODES: [&[u8]; 40] = [
+        &[0x0f, 0x00],
+        &[0x0f, 0x01],
+        &[0x0f, 0x02],
+        &[0x0f, 0x03],
+        &[0x0f, 0x05],
+        &[0x0f, 0x07],
+        &[0x48, 0x0f, 0x07],
+        &[0x0f, 0x20],
+        &[0x0f, 0x21],
+        &[0x0f, 0x22],
+        &[0x0f, 0x23],
+        &[0x0f, 0x30],
+        &[0x0f, 0x32],
+        &[0x0f, 0x34],
+        &[0x0f, 0x35],
+        &[0x0f, 0xb2],
+        &[0x0f, 0xb4],
+        &[0x0f, 0xc7],
+        &[0x0f, 0xae],
+        &[0x66, 0x0f, 0x38, 0x82],
+        &[0x8e],
+        &[0x8c],
+        &[0x1f],
+        &[0x17],
+        &[0x9c],
+        &[0x9d],
+        &[0xca],
+        &[0xcb],
+        &[0xcc],
+        &[0xcd],
+        &[0xce],
+        &[0xcf],
+        &[0x48, 0xcf],
+        &[0xea],
+        &[0x9a],
+        &[0xff],
+        &[0xf3, 0x6c],
+        &[0xf3, 0x6e],
+        &[0xfb],
+        &[0x62],
+    ];
+    let mut r = Random(0x9e37_79b9_7f4a_7c15);
+    let mut bus = Log(vec![]);
+    for round in 0..30 {
+        let make = [Guest::long, Guest::user, Guest::protected, Guest::real][round % 4];
+        for _ in 0..40 {
+            let mut code = vec![];
+            for _ in 0..4 {
+                code.extend_from_slice(r.pick(&OPCODES));
+                code.extend_from_slice(&r.next().to_le_bytes()[..r.next() as usize % 6]);
+            }
+            let mut g = make(&code);
+            for i in 0..16 {
+                g.regs.gpr[i] = r.value();
+            }
+            for _ in 0..4 {
+                let at = r.pick(&[GDT, IDT, TSS, STACK, DATA]) + (r.next() & 0xf8);
+                let v = r.value();
+                g.write64(at, v);
+            }
+            let s = &mut g.vmcs.guest;
+            s.rflags ^= r.next() & r.next() & 0x3c_7fd5 & !rflags::VM;
+            s.gdtr.limit = r.value() as u32 & 0xffff;
+            s.idtr.limit = r.value() as u32 & 0xffff;
+            s.segments[seg::TR].limit = r.value() as u32;
+            s.segments[seg::SS].limit = r.value() as u32;
+            s.interruptibility = r.next() as u32 & 0xb;
+            s.dr7 ^= r.value() & 0xffff_03ff;
+            g.regs.dr = [r.value(), r.value(), DATA, CODE + 2];
+            g.regs.msrs.star = r.value();
+            g.vmcs.controls.exception_bitmap = r.value() as u32;
+            g.vmcs.controls.pin |= PinbasedControls::VMX_PREEMPTION_TIMER;
+            g.vmcs.guest.preemption_timer = 20_000;
+            if r.next() & 1 == 0 {
+                g.vmcs.controls.entry_interruption = InterruptionInfo::new(
+                    r.next() as u8,
+                    r.pick(&[
+                        EventType::External,
+                        EventType::Nmi,
+                        EventType::HardwareException,
+                        EventType::SoftwareInterrupt,
+                        EventType::SoftwareException,
+                    ]),
+                    r.next() & 1 == 0,
+                );
+            }
+            for _ in 0..4 {
+                let exit = g.enter();
+                if exit.entry_failure {
+                    break;
+                }
+                g.vmcs.guest.preemption_timer = 20_000;
+                g.vmcs.guest.rip = g.vmcs.guest.rip.wrapping_add(exit.instruction_length as u64);
+                // Anything may have happened but an inconsistent state.
+                let s = &g.vmcs.guest;
+                assert_eq!(s.rflags & rflags::FIXED1, rflags::FIXED1);
+                assert!(s.cr0 & cr0::PG == 0 || s.cr0 & cr0::PE != 0);
+                g.vcpu.emulate(&mut g.vmcs, &mut g.regs, &mut bus);
+                bus.0.clear();
+            }
+        }
+    }
 }

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use engine::{Engine, EngineVmcs, GuestRegs, Segment, Vcpu, VmExit};
 use memory::{MachineAddr, MachineMemory};
 use x86_spec::controls::{EntryControls, ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
+use x86_spec::ept;
 use x86_spec::exit::ExitReason;
 use x86_spec::reg::{cr0, cr4, efer, gpr};
 use x86_spec::segment::{AccessRights, seg};
-use x86_spec::ept;
 
 use crate::{SoftEngine, SoftVcpu};
 
@@ -236,7 +236,10 @@ impl Guest {
         let at = IDT + vector as u64 * 16;
         self.write64(
             at,
-            h & 0xffff | (sel::CODE64 as u64) << 16 | (ist as u64) << 32 | (kind as u64) << 40
+            h & 0xffff
+                | (sel::CODE64 as u64) << 16
+                | (ist as u64) << 32
+                | (kind as u64) << 40
                 | h >> 16 << 48,
         );
         self.write64(at + 8, 0);

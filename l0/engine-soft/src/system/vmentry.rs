@@ -22,7 +22,10 @@ use super::msr::is_valid_pat;
 use crate::cpu::{Cpu, Event, Exec, Reason, SLOT_RIP, SLOT_ZERO};
 
 fn failure(qualification: EntryFailure) -> VmExit {
-    VmExit { entry_failure: true, ..VmExit::new(ExitReason::InvalidGuestState).qualified(qualification as u64) }
+    VmExit {
+        entry_failure: true,
+        ..VmExit::new(ExitReason::InvalidGuestState).qualified(qualification as u64)
+    }
 }
 
 /// IA32_EFER that the entry gives the guest (SDM Vol. 3C §27.3.2.1).
