@@ -40,6 +40,10 @@ const WITHHELD_LEAF7_EBX: u32 = 1 << 2 | 1 << 4 | 1 << 11 | 1 << 12 | 1 << 14 | 
 const L0_LEAF7_EDX: u32 = 1 << 10 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31;
 /// 07H.2:EDX: MCDT_NO (5).
 const L0_LEAF7_2_EDX: u32 = 1 << 5;
+/// 07H.2:EDX that needs the engine, which holds IA32_SPEC_CTRL: BHI_CTRL (4). Linux takes every
+/// processor with enhanced IBRS for one that needs a workaround for BHI, BHI_NO or not, and
+/// without BHI_CTRL runs a loop of branches at each system call.
+const ENGINE_LEAF7_2_EDX: u32 = 1 << 4;
 /// 06H:EAX: ARAT (2), the APIC timer always runs.
 const L0_LEAF6_EAX: u32 = 1 << 2;
 /// 80000007H:EDX: invariant TSC (8).
@@ -127,10 +131,11 @@ impl CpuidModel {
         ];
         let [_, b7, c7, d7] = features(7, 0);
         let [a71, b71, c71, d71] = features(7, 1);
+        let [_, _, _, d72] = features(7, 2);
         let leaf7 = [
             [2, b7 & !WITHHELD_LEAF7_EBX | L0_LEAF7_EBX, c7 & !(1 << 4), d7 | L0_LEAF7_EDX],
             [a71, b71, c71, d71],
-            [0, 0, 0, L0_LEAF7_2_EDX],
+            [0, 0, 0, d72 & ENGINE_LEAF7_2_EDX | L0_LEAF7_2_EDX],
         ];
         let [_, b8, ..] = features(0x8000_0008, 0);
         Self {

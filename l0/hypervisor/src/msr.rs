@@ -42,8 +42,8 @@ const FEATURE_CONTROL: u64 = 1;
 const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
 /// IA32_MISC_ENABLE bits that can be written: fast strings.
 const MISC_ENABLE_WRITABLE: u64 = 1;
-/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD.
-const SPEC_CTRL_DEFINED: u64 = 7;
+/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
+const SPEC_CTRL_DEFINED: u64 = 7 | 1 << 10;
 /// IA32_DEBUGCTL: LBR and BTF.
 const DEBUGCTL_DEFINED: u64 = 3;
 /// MSR_SMI_COUNT.
