@@ -1,4 +1,4 @@
-//! Unpacking a kernel's compressed payload on the host, within a limit.
+//! Unpacking compressed kernels on the host, within a limit.
 //!
 //! Not supported: bzip2, LZO and lzma-alone payloads. Kernels that use them are started
 //! through their own decompressor.
@@ -77,26 +77,45 @@ pub enum DecompressError {
 /// # Errors
 /// [`DecompressError`].
 pub fn decompress(format: Compression, data: &[u8], limit: u64) -> Result<Vec<u8>, DecompressError> {
+    read_limited(reader(format, data, limit)?, limit)
+}
+
+/// Unpacks the first `len` bytes of `data`, or as many as there are before it ends or is
+/// damaged: enough to tell what is inside.
+pub fn decompress_start(format: Compression, data: &[u8], len: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    if let Ok(reader) = reader(format, data, 0) {
+        // What came before an error stays in `out`.
+        let _ = reader.take(len).read_to_end(&mut out);
+    }
+    out
+}
+
+fn reader<'d>(
+    format: Compression,
+    data: &'d [u8],
+    limit: u64,
+) -> Result<Box<dyn Read + 'd>, DecompressError> {
     let window = limit.saturating_add(64 << 20);
-    match format {
-        Compression::Gzip => read_limited(flate2::read::GzDecoder::new(data), limit),
+    Ok(match format {
+        Compression::Gzip => Box::new(flate2::read::GzDecoder::new(data)),
         Compression::Xz => {
             let window_kib = u32::try_from(window >> 10).unwrap_or(u32::MAX);
-            read_limited(lzma_rust2::XzReader::new_mem_limit(data, false, window_kib), limit)
+            Box::new(lzma_rust2::XzReader::new_mem_limit(data, false, window_kib))
         }
-        Compression::Lz4 => read_limited(lz4_flex::frame::FrameDecoder::new(data), limit),
+        Compression::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(data)),
         Compression::Zstd => {
             // Kernels are packed with a window of 128 MiB however small they are; the decoder's
             // buffer grows with the data, so this is no allocation.
             let window = window.max(128 << 20);
             let decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(data, window)
                 .map_err(|e| io::Error::other(e.to_string()))?;
-            read_limited(decoder, limit)
+            Box::new(decoder)
         }
         Compression::Bzip2 | Compression::Lzo | Compression::Lzma => {
-            Err(DecompressError::Unsupported(format))
+            return Err(DecompressError::Unsupported(format));
         }
-    }
+    })
 }
 
 fn read_limited(reader: impl Read, limit: u64) -> Result<Vec<u8>, DecompressError> {

@@ -22,7 +22,7 @@ use std::borrow::Cow;
 use memory::{L1Gpa, L1Ram};
 
 pub use bzimage::{SetupHeader, is_bzimage, parse as parse_setup_header, version_string};
-pub use decompress::{Compression, DecompressError, decompress};
+pub use decompress::{Compression, DecompressError, decompress, decompress_start};
 pub use e820::{MemoryKind, MemoryRange, memory_map};
 pub use error::BootError;
 pub use multiboot::{MultibootHeader, find_header as find_multiboot_header};
@@ -117,12 +117,39 @@ pub struct Loaded {
     pub notices: Vec<String>,
 }
 
-/// Loads what `request` says into `ram`, ACPI tables included. RAM may be dirty (a
-/// reboot): what a protocol says is zero is zeroed.
+/// Loads what `request` says into `ram`, ACPI tables included. A kernel that is packed as
+/// a whole (`xen.gz`) is unpacked. RAM may be dirty (a reboot): what a protocol says is zero
+/// is zeroed.
 ///
 /// # Errors
 /// [`BootError`], which names the file at fault. RAM may have been written then.
 pub fn load(ram: &L1Ram, request: &BootRequest<'_>) -> Result<Loaded, BootError> {
+    match unpack_file(request.kernel, ram.size())? {
+        Some(kernel) => load_unpacked(ram, &BootRequest { kernel: &kernel, ..*request }),
+        None => load_unpacked(ram, request),
+    }
+}
+
+/// Unpacks a file that is packed as a whole into at most `limit` bytes; `None` when it is
+/// not packed.
+///
+/// # Errors
+/// [`BootError::PayloadTooBig`] and [`BootError::Decompress`].
+pub fn unpack_file(file: &BootFile, limit: u64) -> Result<Option<BootFile>, BootError> {
+    let Some(format) = Compression::detect(&file.data) else { return Ok(None) };
+    let (name, format_name, offset) = (file.name.clone(), format.name(), 0);
+    match decompress(format, &file.data, limit) {
+        Ok(data) => Ok(Some(BootFile { name, data })),
+        Err(DecompressError::TooBig { .. }) => {
+            Err(BootError::PayloadTooBig { file: name, format: format_name, offset, ram_mib: limit >> 20 })
+        }
+        Err(e) => {
+            Err(BootError::Decompress { file: name, format: format_name, offset, reason: e.to_string() })
+        }
+    }
+}
+
+fn load_unpacked(ram: &L1Ram, request: &BootRequest<'_>) -> Result<Loaded, BootError> {
     let kernel = request.kernel;
     let mut placement = Placement::new(ram);
     let acpi: Vec<(L1Gpa, u64)> = request.acpi.iter().map(|(at, blob)| (*at, blob.len() as u64)).collect();
@@ -196,7 +223,7 @@ fn command_line_bytes(file: &str, text: &str, max: usize) -> Result<Vec<u8>, Boo
 pub(crate) fn describe(data: &[u8]) -> &'static str {
     match Compression::detect(data) {
         _ if data.is_empty() => "an empty file",
-        Some(_) => "a compressed file that is no bzImage",
+        Some(_) => "a compressed file without a kernel in it",
         None if data.starts_with(b"070701") => "a cpio archive; is it the initrd?",
         None if data.starts_with(b"#!") => "a script",
         None if data.get(510..512) == Some(&[0x55, 0xaa]) => "a boot sector",

@@ -316,13 +316,26 @@ fn unified_kernel_images() {
 }
 
 #[test]
+fn kernels_packed_as_a_whole() {
+    let kernel = file("xen.gz", gzip(&multiboot_flat(0, [0x10_0000, 0x10_0000, 0, 0, 0x10_0020])));
+    assert_eq!(load(&ram(8 * MIB), &request(&kernel)).unwrap().protocol, BootProtocol::Multiboot);
+    let cut = file("cut", kernel.data[..kernel.data.len() / 2].to_vec());
+    let e = load(&ram(8 * MIB), &request(&cut)).unwrap_err();
+    assert!(matches!(e, BootError::Decompress { offset: 0, .. }), "{e}");
+    let bomb = file("bomb", gzip(&vec![0; 9 * MIB as usize]));
+    let e = load(&ram(8 * MIB), &request(&bomb)).unwrap_err();
+    assert!(matches!(e, BootError::PayloadTooBig { .. }), "{e}");
+}
+
+#[test]
 fn files_that_are_no_kernels() {
     let plain = elf64(MIB, &[Section { paddr: MIB, vaddr: MIB, data: vec![0; 16], mem: 16 }], None);
     for (data, found) in [
         (Vec::new(), "empty"),
         (b"hello".to_vec(), "text"),
         (b"070701".to_vec(), "cpio"),
-        (vec![0x1f, 0x8b, 8], "compressed"),
+        (gzip(b"\xff\xfe"), "unknown"),
+        (gzip(&gzip(b"hello")), "compressed"),
         (vec![0xff; 600], "unknown"),
         (plain, "neither a PVH note nor a multiboot header"),
     ] {

@@ -125,8 +125,16 @@ fn read_at_start(file: &str, handle: &mut File, limit: u64) -> Result<Vec<u8>, I
     Ok(data)
 }
 
-/// The kind that the start of a file tells; disks are told apart before.
+/// The kind that the start of a file, which may be packed, tells; disks are told apart
+/// before.
 fn kind_of(head: &[u8]) -> Option<ImageKind> {
+    match boot::Compression::detect(head) {
+        Some(format) => kind_of_plain(&boot::decompress_start(format, head, PROBE)),
+        None => kind_of_plain(head),
+    }
+}
+
+fn kind_of_plain(head: &[u8]) -> Option<ImageKind> {
     if boot::is_bzimage(head) {
         Some(ImageKind::BzImage)
     } else if boot::is_pe(head) {

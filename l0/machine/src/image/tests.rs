@@ -210,6 +210,8 @@ fn files_that_are_no_images() {
     let e = with_file(&kernel(), |p| open(p, None, 100)).unwrap_err();
     assert!(matches!(e, ImageError::TooBig { limit: 100, .. }), "{e}");
     assert_eq!(with_file(&kernel(), detect).unwrap(), ImageKind::BzImage);
+    assert_eq!(with_file(&gzip(&kernel()), detect).unwrap(), ImageKind::BzImage);
+    assert!(with_file(&gzip(b"text"), detect).is_err());
 }
 
 /// Tables that say they are huge, with checksums that are right.

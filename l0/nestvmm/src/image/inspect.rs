@@ -62,6 +62,8 @@ pub fn inspect(path: &Path) -> Result<Inspection, ImageError> {
 
 fn describe(kernel: &BootFile, initrd: Option<&BootFile>) -> Result<KernelInfo, ImageError> {
     let size = kernel.data.len() as u64;
+    let unpacked = boot::unpack_file(kernel, FILE_MAX)?;
+    let kernel = unpacked.as_ref().unwrap_or(kernel);
     let mut info =
         KernelInfo { size, format: String::new(), version: None, initrd: initrd.map(|i| packed(&i.data)) };
     if boot::is_bzimage(&kernel.data) {
@@ -75,6 +77,9 @@ fn describe(kernel: &BootFile, initrd: Option<&BootFile>) -> Result<KernelInfo, 
         info.format = "multiboot 1".into();
     } else {
         info.format = "ELF".into();
+    }
+    if unpacked.is_some() {
+        info.format += ", packed as a whole";
     }
     Ok(info)
 }
