@@ -471,8 +471,7 @@ impl Cpu {
         } else {
             CodeSize::Bits16
         };
-        self.block_mode = self.code_size as u8
-            | if self.segments[seg::SS].access.db() { 4 } else { 0 };
+        self.block_mode = self.code_size as u8 | if self.segments[seg::SS].access.db() { 4 } else { 0 };
         self.ctx = self.ctx & !3 | self.privilege_mode();
         self.mmu_paging_mode_changed();
     }

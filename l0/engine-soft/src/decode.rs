@@ -41,11 +41,8 @@ impl Cpu {
     /// Faults and exits of the fetch.
     pub(crate) fn find_block(&mut self) -> Exec<*const Block> {
         let rip = self.rip();
-        let linear = if self.is_64() {
-            rip
-        } else {
-            self.segment_linear(seg::CS, rip, 1, crate::cpu::Access::Fetch)?
-        };
+        let linear =
+            if self.is_64() { rip } else { self.segment_linear(seg::CS, rip, 1, crate::cpu::Access::Fetch)? };
         let mode = self.block_mode | if self.single { MODE_SINGLE } else { 0 };
         let machine = self.fetch_address(linear)?.0;
         let mut found = self.blocks.find(machine, mode);
@@ -199,7 +196,8 @@ impl Cpu {
     /// Chooses who executes an instruction.
     fn lower(&mut self, i: &Instruction, bits64: bool, op: &mut Op) -> Flow {
         if i.is_invalid() {
-            let f: SimpleFn = if i.len() == 1 && i.ip() == 0 && i.next_ip() == 0 { too_long } else { undefined };
+            let f: SimpleFn =
+                if i.len() == 1 && i.ip() == 0 && i.next_ip() == 0 { too_long } else { undefined };
             op.data = f as usize;
             op.run = simple_end;
             return Flow::End;

@@ -27,7 +27,8 @@ use x86_spec::reg::{cr0, cr4, efer};
 use x86_spec::segment::seg;
 
 use crate::cpu::{
-    Access, CodeSize, Cpu, Exec, PRIV_SUPERVISOR, PRIV_SUPERVISOR_AC, PRIV_USER, PRIV_USER_ALIGN, Reason, Stop,
+    Access, CodeSize, Cpu, Exec, PRIV_SUPERVISOR, PRIV_SUPERVISOR_AC, PRIV_USER, PRIV_USER_ALIGN, Reason,
+    Stop,
 };
 
 /// Physical-address width that this processor has (CPUID 80000008H EAX 7:0).
@@ -184,7 +185,8 @@ impl Mmu {
         Self {
             tlb: [EMPTY_ENTRY; TLB_ENTRIES],
             second: vec![SecondEntry { tag: INVALID, translation: no }; SECOND_ENTRIES].into(),
-            ept_cache: vec![EptCacheEntry { gpa: INVALID, eptp: 0, machine: 0, rights: 0 }; EPT_ENTRIES].into(),
+            ept_cache: vec![EptCacheEntry { gpa: INVALID, eptp: 0, machine: 0, rights: 0 }; EPT_ENTRIES]
+                .into(),
             spaces: Vec::new(),
             current: SpaceKey { vpid: 0, pcid: 0, eptp: 0, paging: u64::MAX },
             global_context: 0,
@@ -348,7 +350,8 @@ impl Cpu {
         let c = &self.controls;
         let secondary = c.secondary;
         let on = |bit| {
-            c.primary.contains(x86_spec::controls::PrimaryControls::SECONDARY_CONTROLS) && secondary.contains(bit)
+            c.primary.contains(x86_spec::controls::PrimaryControls::SECONDARY_CONTROLS)
+                && secondary.contains(bit)
         };
         SpaceKey {
             vpid: if on(SecondaryControls::ENABLE_VPID) { c.vpid } else { 0 },
@@ -683,11 +686,7 @@ impl Cpu {
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u32, access: Access) -> Exec<Option<*mut u8>> {
         let how = How { access, mode: self.ctx & 3 };
-        if how.mode == PRIV_USER_ALIGN {
-            self.probe(linear, len, access)?;
-            return Ok(None);
-        }
-        if linear & 0xfff > 0x1000 - len as u64 {
+        if how.mode == PRIV_USER_ALIGN || self.boundary.data_watch || linear & 0xfff > 0x1000 - len as u64 {
             self.probe(linear, len, access)?;
             return Ok(None);
         }
@@ -711,6 +710,14 @@ impl Cpu {
 
     /// Moves bytes between `buf` and memory or the bus. All pages are checked first.
     fn transfer(&mut self, how: How, linear: u64, buf: &mut [u8]) -> Exec {
+        self.transfer_unwatched(how, linear, buf)?;
+        if self.boundary.data_watch {
+            self.data_breakpoints(linear, buf.len() as u64, how.access == Access::Write);
+        }
+        Ok(())
+    }
+
+    fn transfer_unwatched(&mut self, how: How, linear: u64, buf: &mut [u8]) -> Exec {
         let first = (0x1000 - (linear & 0xfff)) as usize;
         if buf.len() <= first {
             let t = self.target(how, linear)?;
@@ -848,9 +855,8 @@ impl Cpu {
             Target::Bus(gpa) => Err(self.exit(VmExit {
                 guest_physical: Gpa(gpa),
                 guest_linear: linear,
-                ..VmExit::new(ExitReason::EptViolation).qualified(
-                    ept_violation::FETCH | ept_violation::LINEAR_VALID | ept_violation::TRANSLATED,
-                )
+                ..VmExit::new(ExitReason::EptViolation)
+                    .qualified(ept_violation::FETCH | ept_violation::LINEAR_VALID | ept_violation::TRANSLATED)
             })),
         }
     }
@@ -863,10 +869,17 @@ impl Cpu {
         }
         let page = linear & !0xfff;
         let context = (self.ctx >> 2) as u16;
-        let cached =
-            self.mmu.second_lookup(page, context).or_else(|| self.mmu.second_lookup(page, self.mmu.global_context));
+        let cached = self
+            .mmu
+            .second_lookup(page, context)
+            .or_else(|| self.mmu.second_lookup(page, self.mmu.global_context));
         let t = match cached {
-            Some(t) if self.allowed(t.flags, how) && (how.access != Access::Write || t.flags & tf::DIRTY != 0) => t,
+            Some(t)
+                if self.allowed(t.flags, how)
+                    && (how.access != Access::Write || t.flags & tf::DIRTY != 0) =>
+            {
+                t
+            }
             _ => match self.walk(how, linear)? {
                 Ok(t) => {
                     self.remember(page, context, t);
@@ -893,7 +906,7 @@ impl Cpu {
 
     /// Puts a translation into the fast TLB, with the tags that its rights allow.
     fn fill(&mut self, how: How, page: u64, t: Translation) {
-        if how.mode == PRIV_USER_ALIGN {
+        if how.mode == PRIV_USER_ALIGN || self.boundary.data_watch {
             return;
         }
         let ctx = self.ctx & !3 | how.mode;
@@ -1224,7 +1237,8 @@ impl Cpu {
                 a.compare_exchange(old, old | bits, Ordering::AcqRel, Ordering::Relaxed).is_ok()
             } else {
                 let a = AtomicU32::from_ptr(p.cast());
-                a.compare_exchange(old as u32, (old | bits) as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+                a.compare_exchange(old as u32, (old | bits) as u32, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_ok()
             }
         };
         if done {

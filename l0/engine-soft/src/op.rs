@@ -161,7 +161,10 @@ impl Cpu {
     #[cold]
     pub(crate) fn noncanonical_fault(&mut self, stack: bool) {
         self.mmu.noncanonical = false;
-        if stack && let Reason::Event(e) = &mut self.reason && e.vector == exception::GP {
+        if stack
+            && let Reason::Event(e) = &mut self.reason
+            && e.vector == exception::GP
+        {
             e.vector = exception::SS;
         }
     }

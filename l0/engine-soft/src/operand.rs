@@ -17,6 +17,21 @@ pub fn segment_index(r: Register) -> usize {
     }
 }
 
+/// The segment of the memory operand: 64-bit code ignores ES, CS, SS and DS prefixes
+/// (SDM Vol. 1 §3.4.2.1).
+pub fn memory_segment(i: &Instruction) -> Register {
+    let segment = i.memory_segment();
+    let ignored = i.code_size() == iced_x86::CodeSize::Code64
+        && matches!(i.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if !ignored {
+        return segment;
+    }
+    match i.memory_base() {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => Register::SS,
+        _ => Register::DS,
+    }
+}
+
 /// The value mask of an operand of `size` bytes.
 pub const fn size_mask(size: u8) -> u64 {
     if size >= 8 { u64::MAX } else { (1 << (size as u32 * 8)) - 1 }
@@ -64,7 +79,7 @@ impl Cpu {
     /// #GP(0) or #SS(0).
     pub fn operand_linear(&mut self, i: &Instruction, size: u32, access: Access) -> Exec<u64> {
         let ea = self.effective_address(i);
-        self.segment_linear(segment_index(i.memory_segment()), ea, size, access)
+        self.segment_linear(segment_index(memory_segment(i)), ea, size, access)
     }
 
     /// Reads operand `n`, a general register or memory, of `size` bytes, zero-extended.

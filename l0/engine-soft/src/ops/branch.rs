@@ -169,11 +169,8 @@ fn jump_near(cpu: &mut Cpu, target: u64, size: u8) -> Exec {
 impl Cpu {
     /// #GP(0) for a near target outside the code segment or not canonical.
     pub(crate) fn check_near_target(&mut self, target: u64) -> Exec {
-        let bad = if self.is_64() {
-            !canonical(target)
-        } else {
-            target > self.segments[seg::CS].limit as u64
-        };
+        let bad =
+            if self.is_64() { !canonical(target) } else { target > self.segments[seg::CS].limit as u64 };
         if bad { Err(self.gp(0)) } else { Ok(()) }
     }
 }
@@ -263,10 +260,18 @@ fn merge_counter(old: u64, count: u64, mask: u64) -> u64 {
 fn counter_mask(i: &Instruction) -> u64 {
     use Code as C;
     match i.code() {
-        C::Loop_rel8_16_CX | C::Loop_rel8_32_CX | C::Loope_rel8_16_CX | C::Loope_rel8_32_CX
-        | C::Loopne_rel8_16_CX | C::Loopne_rel8_32_CX => 0xffff,
-        C::Loop_rel8_64_RCX | C::Loop_rel8_16_RCX | C::Loope_rel8_64_RCX | C::Loope_rel8_16_RCX
-        | C::Loopne_rel8_64_RCX | C::Loopne_rel8_16_RCX => u64::MAX,
+        C::Loop_rel8_16_CX
+        | C::Loop_rel8_32_CX
+        | C::Loope_rel8_16_CX
+        | C::Loope_rel8_32_CX
+        | C::Loopne_rel8_16_CX
+        | C::Loopne_rel8_32_CX => 0xffff,
+        C::Loop_rel8_64_RCX
+        | C::Loop_rel8_16_RCX
+        | C::Loope_rel8_64_RCX
+        | C::Loope_rel8_16_RCX
+        | C::Loopne_rel8_64_RCX
+        | C::Loopne_rel8_16_RCX => u64::MAX,
         _ => 0xffff_ffff,
     }
 }
@@ -297,7 +302,9 @@ pub(super) fn lower(i: &Instruction, bits64: bool, op: &mut Op, form: AddrForm) 
             op.imm = if i.op_count() == 1 { i.immediate16() as u64 } else { 0 };
             ret
         }
-        M::Jmp | M::Call | M::Ret | M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => simple(op),
+        M::Jmp | M::Call | M::Ret | M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => {
+            simple(op)
+        }
         _ if i.is_jcc_short_or_near() && fast => by_condition!(condition_code(i), jcc),
         _ if i.is_jcc_short_or_near() => simple(op),
         _ => return None,

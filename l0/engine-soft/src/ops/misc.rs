@@ -3,7 +3,6 @@
 //!
 //! Not here (thunks do them): BMI, ADX, POPCNT, SHLD/SHRD, MOVBE, BCD arithmetic.
 
-
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use x86_spec::exception;
 use x86_spec::reg::gpr::{RAX, RBP, RBX, RCX, RDX, RSP};
@@ -12,8 +11,8 @@ use x86_spec::segment::seg;
 
 use super::alu::{self, Bin, MulWide, Word};
 use super::{
-    Addr, AddrForm, Base, Flow, Full, Seg, get, handler, modify, modify_locked, offset_of,
-    operand_size, put, rm, rr, sized, sized_addr, sized_wide, sized_wide_addr,
+    Addr, AddrForm, Base, Flow, Full, Seg, get, handler, modify, modify_locked, offset_of, operand_size, put,
+    rm, rr, sized, sized_addr, sized_wide, sized_wide_addr,
 };
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec};
@@ -846,7 +845,6 @@ pub(super) fn lower(i: &Instruction, bits64: bool, op: &mut Op, form: AddrForm) 
     };
     Some(Flow::Next)
 }
-
 
 fn is_setcc(m: Mnemonic) -> bool {
     use Mnemonic as M;

@@ -17,7 +17,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec, SLOT_FS, SLOT_GS, SLOT_RIP, SLOT_ZERO, gpr8_number};
 use crate::op::{Handler, Op};
-use crate::operand::{segment_index, size_mask};
+use crate::operand::{memory_segment, segment_index, size_mask};
 use crate::{attempt, next};
 use alu::{Bin, Shift, Un, Word};
 pub(crate) use branch::fallthrough;
@@ -150,7 +150,7 @@ pub(crate) fn lower_memory(i: &Instruction, bits64: bool, op: &mut Op) -> AddrFo
     op.index = reg_offset(index);
     op.scale = i.memory_index_scale().trailing_zeros() as u8;
     op.disp = i.memory_displacement64();
-    op.stack = i.memory_segment() == Register::SS;
+    op.stack = memory_segment(i) == Register::SS;
     let by = if base != Register::None { base } else { index };
     op.address_size = if by.is_gpr64() || base == Register::RIP {
         8
@@ -167,7 +167,7 @@ pub(crate) fn lower_memory(i: &Instruction, bits64: bool, op: &mut Op) -> AddrFo
         }
     };
     if !bits64 || op.address_size != 8 {
-        op.segment = segment_index(i.memory_segment()) as u8;
+        op.segment = segment_index(memory_segment(i)) as u8;
         return AddrForm::Seg;
     }
     op.segment = match i.memory_segment() {

@@ -14,7 +14,7 @@ use super::alu::{self, Bin};
 use super::{Flow, put};
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::{Op, SimpleFn, simple_end};
-use crate::operand::{segment_index, size_mask};
+use crate::operand::{memory_segment, segment_index, size_mask};
 
 /// Pieces done before the run loop looks at events.
 const PIECES_PER_TURN: u32 = 64;
@@ -83,7 +83,7 @@ fn form(i: &Instruction) -> Option<Form> {
         kind,
         size,
         mask,
-        source_segment: segment_index(i.memory_segment()),
+        source_segment: segment_index(memory_segment(i)),
         repeated: i.has_rep_prefix() || i.has_repne_prefix(),
         while_zf: !i.has_repne_prefix(),
     })
@@ -104,6 +104,17 @@ fn string(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if !f.repeated {
         return element(cpu, f);
     }
+    let flags = cpu.flags;
+    let result = repeat(cpu, f);
+    if result.is_err() {
+        // A fault restores the flags (SDM Vol. 2B, REP); the iterations done stay done.
+        cpu.flags = flags;
+    }
+    result
+}
+
+/// The iterations of a repeated instruction up to the next look at events.
+fn repeat(cpu: &mut Cpu, f: Form) -> Exec {
     for _ in 0..PIECES_PER_TURN {
         let count = cpu.regs[RCX] & f.mask;
         if count == 0 {

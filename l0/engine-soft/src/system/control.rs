@@ -215,7 +215,8 @@ impl Cpu {
             self.set_efer(efer);
         }
         self.set_cr0(new);
-        if changed & (cr0::PG | cr0::WP) != 0 {
+        // WP is part of what translations are tagged with.
+        if changed & cr0::PG != 0 {
             self.flush_tlb(true);
         }
         Ok(())

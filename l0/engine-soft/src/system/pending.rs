@@ -1,8 +1,7 @@
 //! What happens between two instructions (SDM Vol. 3A §6.9, table 6-2; Vol. 3C §26.2, §26.5).
 //!
-//! Data and I/O breakpoints are found by decoding the next instruction before it runs, so
-//! that the memory path knows nothing of them; a REP string instruction counts as one
-//! access to its whole range, and gathers and scatters are not looked at.
+//! Data breakpoints are found by the MMU, which caches no translation while one is enabled; I/O
+//! breakpoints by decoding the next instruction before it runs.
 //!
 //! Not supported: SMIs, INIT and start-up IPIs (L0 resets vCPUs itself), branch trapping
 //! (IA32_DEBUGCTL.BTF), virtual-interrupt delivery.
@@ -11,10 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use engine::{Activity, VmExit, interruptibility, pending_debug};
-use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
-    OpKind, Register, UsedMemory,
-};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
 use x86_spec::exit::ExitReason;
@@ -24,7 +20,6 @@ use x86_spec::segment::seg;
 use super::capabilities::host_tsc;
 use super::event::deliver;
 use crate::cpu::{CodeSize, Cpu, Event, Exec, Reason};
-use crate::operand::{segment_index, size_mask};
 
 /// What the processor remembers from one instruction boundary to the next.
 #[derive(Clone, Debug, Default)]

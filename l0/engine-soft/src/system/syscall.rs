@@ -1,7 +1,7 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT, SWAPGS and the FS/GS base instructions (SDM Vol. 2B,
 //! Intel's rules where AMD's differ).
 
-use engine::Segment;
+use engine::{Segment, pending_debug};
 use iced_x86::{Instruction, Mnemonic};
 use x86_spec::reg::{cr4, efer, gpr, rflags};
 use x86_spec::segment::{AccessRights, seg};
@@ -36,6 +36,10 @@ pub(super) fn syscall(cpu: &mut Cpu, _: &Instruction) -> Exec {
     load_flat(cpu, 0, flat(selector & !3, CODE64, 0), (selector & !3).wrapping_add(8));
     cpu.set_rip(cpu.msrs.lstar);
     cpu.set_rflags(flags & !cpu.msrs.fmask | rflags::FIXED1);
+    // TF counts as it is after the instruction: masked, there is no single-step trap.
+    if cpu.rflags_other & rflags::TF == 0 {
+        cpu.boundary.step_at = None;
+    }
     Ok(())
 }
 
@@ -67,6 +71,10 @@ pub(super) fn sysret(cpu: &mut Cpu, i: &Instruction) -> Exec {
         | rflags::VIP
         | rflags::ID;
     cpu.set_rflags(cpu.gpr(11) & LOADED | rflags::FIXED1);
+    // As after SYSCALL, TF counts as it is now: SYSRET that sets it traps at once.
+    if cpu.rflags_other & rflags::TF != 0 {
+        cpu.pending_debug |= pending_debug::BS;
+    }
     Ok(())
 }
 

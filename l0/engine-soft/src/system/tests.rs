@@ -1323,6 +1323,207 @@ fn invlpg() {
     assert_eq!(g.expect(R::Invlpg).qualification, 0x1234);
 }
 
+/// SYSRET that sets TF traps before the first user instruction, and SYSCALL that masks TF
+/// doesn't trap (both count TF as it is after the instruction).
+#[test]
+fn single_step_and_syscall() {
+    let star = (sel::CODE64 as u64) << 32 | ((sel::USER_CODE32 & !3) as u64) << 48;
+    let mut g = Guest::long(&[0x48, 0x0f, 0x07]).with(gpr::RCX, CODE + 0x100).with(11, 0x302).patch(|g| {
+        g.regs.msrs.star = star;
+    });
+    g.expect_event(ex::DB, None);
+    assert_eq!(g.read64(g.vmcs.guest.rsp), CODE + 0x100);
+    let mut g = Guest::user(&[0x0f, 0x05]).patch(|g| {
+        g.regs.msrs.star = star;
+        g.regs.msrs.lstar = CODE + 0x100;
+        g.regs.msrs.fmask = rflags::TF;
+        g.vmcs.guest.rflags |= rflags::TF;
+        g.write(CODE + 0x100, &[HLT]);
+    });
+    g.expect(R::Hlt);
+}
+
+/// Real mode pushes and reports no error codes (SDM Vol. 3B §21.1.4; Vol. 3C §28.2.2).
+#[test]
+fn real_mode_exceptions_have_no_error_code() {
+    // mov ax, [0xffff]: a word across the segment's end is #GP.
+    let bytes = [0xa1, 0xff, 0xff];
+    let mut g = Guest::real(&bytes);
+    g.expect_event(ex::GP, None);
+    assert_eq!(g.vmcs.guest.rsp, 0x8000 - 6);
+    let mut g = Guest::real(&bytes).patch(|g| g.vmcs.controls.exception_bitmap = 1 << ex::GP);
+    let e = g.expect(R::ExceptionOrNmi);
+    assert_eq!(e.interruption_info, InterruptionInfo::new(ex::GP, EventType::HardwareException, false));
+    // An IVT that ends before the vector leads to a triple fault in the end.
+    let mut g = Guest::real(&[0xcd, 0x21]).patch(|g| g.vmcs.guest.idtr.limit = 0);
+    g.expect(R::TripleFault);
+}
+
+/// BOUND and INTO (SDM Vol. 2A).
+#[test]
+fn bound_and_into() {
+    // bound eax, [DATA]
+    let mut bytes = vec![0x62, 0x05];
+    bytes.extend((DATA as u32).to_le_bytes());
+    bytes.push(HLT);
+    for (index, inside) in [(-3i32, false), (-2, true), (5, true), (6, false)] {
+        let mut g = Guest::protected(&bytes).with(gpr::RAX, index as u32 as u64);
+        g.write(DATA, &(-2i32).to_le_bytes());
+        g.write(DATA + 4, &5i32.to_le_bytes());
+        if inside {
+            g.expect(R::Hlt);
+        } else {
+            g.expect_event(ex::BR, None);
+            assert_eq!(g.read32(g.vmcs.guest.rsp) as u64, CODE, "a fault");
+        }
+    }
+    let mut g = Guest::protected(&[0xce, HLT]);
+    g.expect(R::Hlt);
+    let mut g = Guest::protected(&[0xce]).patch(|g| g.vmcs.guest.rflags |= rflags::OF);
+    g.expect_event(ex::OF, None);
+    assert_eq!(g.read32(g.vmcs.guest.rsp) as u64, CODE + 1, "a trap");
+}
+
+/// Conforming code runs at the caller's privilege; a far call to it pushes CS and EIP
+/// (SDM Vol. 3A §5.8.1.2).
+#[test]
+fn conforming_code() {
+    let mut code = vec![0x9a];
+    code.extend(((CODE + 0x100) as u32).to_le_bytes());
+    code.extend(sel::FREE.to_le_bytes());
+    let mut g = Guest::protected(&code).patch(|g| {
+        for s in &mut g.vmcs.guest.segments[..6] {
+            (s.selector, s.access) = (sel::USER_DATA, AccessRights(0xc0f3));
+        }
+        let cs = &mut g.vmcs.guest.segments[seg::CS];
+        (cs.selector, cs.access) = (sel::USER_CODE32, AccessRights(0xc0fb));
+        g.write64(GDT + sel::FREE as u64, 0x00cf_9e00_0000_ffff);
+        g.write(CODE + 0x100, &[0x0f, 0xa2]);
+    });
+    g.expect(R::Cpuid);
+    let s = &g.vmcs.guest;
+    assert_eq!(s.segments[seg::CS].selector, sel::FREE | 3);
+    assert_eq!(s.segments[seg::SS].access.dpl(), 3);
+    assert_eq!(g.read32(s.rsp) as u64, CODE + 7);
+    assert_eq!(g.read32(s.rsp + 4), sel::USER_CODE32 as u32);
+}
+
+/// A far return to an outer level releases parameters on both stacks and makes data
+/// segments of the inner level null (SDM Vol. 3A §5.8.6).
+#[test]
+fn far_return_outwards() {
+    // retf 8
+    let mut g = Guest::protected(&[0xca, 8, 0]).with(gpr::RSP, STACK - 24).patch(|g| {
+        let frame = [CODE as u32 + 0x100, sel::USER_CODE32 as u32, 1, 2, DATA as u32, sel::USER_DATA as u32];
+        for (n, v) in frame.iter().enumerate() {
+            g.write(STACK - 24 + n as u64 * 4, &v.to_le_bytes());
+        }
+        g.write(CODE + 0x100, &[0x0f, 0xa2]);
+    });
+    g.expect(R::Cpuid);
+    let s = &g.vmcs.guest;
+    assert_eq!(s.rsp, DATA + 8);
+    assert_eq!(s.segments[seg::CS].selector, sel::USER_CODE32);
+    assert!(s.segments[seg::DS].access.unusable());
+    // Inwards is #GP(selector).
+    let mut g = Guest::user(&[0x48, 0xcb]).patch(|g| {
+        g.write64(STACK, CODE);
+        g.write64(STACK + 8, sel::CODE64 as u64);
+    });
+    g.expect_event(ex::GP, Some(sel::CODE64 as u32));
+}
+
+/// Expand-down stacks: offsets at or below the limit are #SS(0) (SDM Vol. 3A §5.3).
+#[test]
+fn expand_down_stack() {
+    let run = |rsp: u64| {
+        // push fs; hlt
+        let mut g = Guest::protected(&[0x0f, 0xa0, HLT]).with(gpr::RSP, rsp).patch(|g| {
+            let ss = &mut g.vmcs.guest.segments[seg::SS];
+            (ss.limit, ss.access) = (0x7_ffff, AccessRights(0xc097));
+        });
+        // The fault's own frame needs a good stack: let it exit.
+        g.vmcs.controls.exception_bitmap = 1 << ex::SS;
+        g.enter().reason
+    };
+    assert_eq!(run(0x8_0004), R::Hlt);
+    assert_eq!(run(0x8_0003), R::ExceptionOrNmi);
+}
+
+/// An exception in compatibility mode enters 64-bit code, and IRETQ returns to it
+/// (SDM Vol. 3A §6.14).
+#[test]
+fn compatibility_mode_round_trip() {
+    let mut g = Guest::user(&[0x0f, 0x0b]).patch(|g| {
+        let cs = &mut g.vmcs.guest.segments[seg::CS];
+        (cs.selector, cs.access) = (sel::USER_CODE32, AccessRights(0xc0fb));
+    });
+    g.expect_event(ex::UD, None);
+    assert_eq!(g.read64(g.vmcs.guest.rsp + 8), sel::USER_CODE32 as u64);
+    assert!(g.vmcs.guest.segments[seg::CS].access.long());
+    // Skip the UD2 and go back.
+    g.write(handler(ex::UD), &[0x48, 0xcf]);
+    g.write(CODE + 2, &[0x0f, 0xa2]);
+    g.write64(g.vmcs.guest.rsp, CODE + 2);
+    g.vmcs.guest.rip = handler(ex::UD);
+    g.expect(R::Cpuid);
+    let s = &g.vmcs.guest;
+    assert_eq!((s.rip, s.segments[seg::CS].selector), (CODE + 2, sel::USER_CODE32));
+    assert_eq!(s.segments[seg::CS].access.0, 0xc0fb);
+}
+
+/// XGETBV and XSETBV (SDM Vol. 2C, Vol. 3C §26.1.2).
+#[test]
+fn extended_control_registers() {
+    let xgetbv = with_code(&[0x0f, 0x01, 0xd0]);
+    Guest::long(&xgetbv).expect_event(ex::UD, None);
+    let on = |g: &mut Guest| {
+        g.vmcs.guest.cr4 |= cr4::OSXSAVE;
+        g.regs.xcr0 = 3;
+    };
+    let mut g = Guest::long(&xgetbv).patch(on);
+    g.expect(R::Hlt);
+    assert_eq!((g.regs.gpr[gpr::RAX], g.regs.gpr[gpr::RDX]), (3, 0));
+    Guest::long(&xgetbv).patch(on).with(gpr::RCX, 2).expect_event(ex::GP, Some(0));
+    Guest::long(&[0x0f, 0x01, 0xd1]).patch(on).expect(R::Xsetbv);
+    Guest::user(&[0x0f, 0x01, 0xd1]).patch(on).expect_event(ex::GP, Some(0));
+}
+
+/// Leaving and entering paging by hand: EFER.LMA follows CR0.PG, and the entry control
+/// follows LMA (SDM Vol. 3A §9.8.5; Vol. 3C §28.2).
+#[test]
+fn long_mode_switch() {
+    // 32-bit: mov cr4, eax; mov cr3, ebx; wrmsr EFER; mov cr0, edi; jmp far CODE64; hlt
+    let mut code = vec![0x0f, 0x22, 0xe0, 0x0f, 0x22, 0xdb];
+    code.extend([0x89, 0xf0, 0x31, 0xd2, 0x0f, 0x30, 0x0f, 0x22, 0xc7, 0xea]);
+    code.extend(((CODE + 0x100) as u32).to_le_bytes());
+    code.extend(sel::CODE64.to_le_bytes());
+    let mut g = Guest::protected(&code)
+        .with(gpr::RAX, cr4::PAE)
+        .with(gpr::RBX, 0x1_0000)
+        .with(gpr::RCX, x86_spec::msr::EFER as u64)
+        .with(gpr::RSI, efer::LME)
+        .with(gpr::RDI, cr0::PE | cr0::PG | cr0::ET)
+        .patch(|g| {
+            g.write64(0x1_0000, 0x1_1000 | 7);
+            g.write64(0x1_1000, 0x1_2000 | 7);
+            for n in 0..MEMORY >> 21 {
+                g.write64(0x1_2000 + n * 8, n << 21 | 0x87);
+            }
+            // mov rax, 1<<40; hlt
+            g.write(CODE + 0x100, &[0x48, 0xb8, 0, 0, 0, 0, 0, 1, 0, 0, HLT]);
+        });
+    g.expect(R::Hlt);
+    assert_eq!(g.regs.gpr[gpr::RAX], 1 << 40);
+    assert_eq!(g.vmcs.guest.efer, efer::LME | efer::LMA);
+    assert!(g.vmcs.controls.entry.contains(EntryControls::IA32E_MODE_GUEST));
+    // Without PAE the switch is #GP(0).
+    let mut g = Guest::protected(&[0x0f, 0x22, 0xc7])
+        .with(gpr::RDI, cr0::PE | cr0::PG | cr0::ET)
+        .patch(|g| g.vmcs.guest.efer = efer::LME);
+    g.expect_event(ex::GP, Some(0));
+}
+
 /// A small generator, so that a failure can be repeated from its seed.
 struct Random(u64);
 impl Random {

@@ -167,14 +167,17 @@ pub(super) fn classify(i: &Instruction) -> Option<Class> {
     }
     let features = code.cpuid_features();
     let x87 = features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387));
+    // CVTSS2SI and its kin with a memory source name no vector register.
+    let sse = features.iter().any(|f| matches!(f, F::SSE | F::SSE2 | F::AVX));
+    let fp = (sse || vector) && uses_mxcsr(i.mnemonic());
     let mut kind = if x87 {
         X87
-    } else if vector {
+    } else if vector || fp {
         if vex { AVX } else { SSE }
     } else {
         0
     };
-    if mmx || matches!(code, Code::Cvtpi2ps_xmm_mmm64) {
+    if mmx {
         kind |= MMX;
     }
     if kind == 0 {
@@ -184,9 +187,8 @@ pub(super) fn classify(i: &Instruction) -> Option<Class> {
             return None;
         }
     }
-    if kind & (SSE | AVX | MMX) != 0 && kind & X87 == 0 && uses_mxcsr(i.mnemonic()) {
-        // CVTPS2PI and its kin with a memory source name only an MMX register.
-        kind |= if kind & AVX != 0 { FP } else { FP | SSE };
+    if fp {
+        kind |= FP;
     }
     let size = i.memory_size().size();
     let aligned = has_memory(i)

@@ -6,7 +6,7 @@ use x86_spec::reg::gpr::RDI;
 use super::x87;
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::SimpleFn;
-use crate::operand::{segment_index, size_mask};
+use crate::operand::{memory_segment, segment_index, size_mask};
 
 /// The function for `i`, if it accesses memory under a mask.
 pub(super) fn function(i: &Instruction) -> Option<SimpleFn> {
@@ -82,7 +82,7 @@ fn runs(mask: &[u8], size: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
 
 /// Linear address of the bytes `start..end` of an operand at offset `ea`.
 fn part(cpu: &mut Cpu, i: &Instruction, ea: u64, (start, end): (usize, usize), access: Access) -> Exec<u64> {
-    let segment = segment_index(i.memory_segment());
+    let segment = segment_index(memory_segment(i));
     let mask = size_mask(match i.op_kind(0) {
         OpKind::MemorySegDI => 2,
         OpKind::MemorySegEDI => 4,
@@ -184,19 +184,25 @@ fn vsib_address_size(cpu: &Cpu, i: &Instruction) -> u8 {
 }
 
 /// Gathers, lowest element first. A fault delivers the elements before it: their mask elements
-/// are zero then, so that the restarted instruction goes on (SDM Vol. 2C, VPGATHERDD).
+/// are zero then and the others all ones, so that the restarted instruction goes on (SDM
+/// Vol. 2C, VPGATHERDD).
 fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, i: &Instruction) -> Exec {
     cpu.check_avx()?;
     let (destination, mask_register, index_register) = (i.op0_register(), i.op2_register(), i.memory_index());
     let size_of_address = size_mask(vsib_address_size(cpu, i));
     let base = cpu.reg(i.memory_base()).wrapping_add(i.memory_displacement64());
     let scale = u64::from(i.memory_index_scale());
-    let segment = segment_index(i.memory_segment());
+    let segment = segment_index(memory_segment(i));
     let count = (width(index_register) / INDEX).min(width(destination) / SIZE);
 
     let index = vector(cpu, index_register);
     let mut mask = vector(cpu, mask_register);
     let mut out = vector(cpu, destination);
+    for element in mask[..count * SIZE].chunks_exact_mut(SIZE) {
+        let enabled = element[SIZE - 1] & 0x80 != 0;
+        element.fill(if enabled { 0xff } else { 0 });
+    }
+    mask[count * SIZE..].fill(0);
     let mut result = Ok(());
     for n in 0..count {
         let at = n * SIZE..(n + 1) * SIZE;
@@ -215,10 +221,7 @@ fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, i: &Instruction)
         }
         mask[at].fill(0);
     }
-    if result.is_ok() {
-        mask = [0; 32];
-        out[count * SIZE..].fill(0);
-    }
+    out[count * SIZE..].fill(0);
     set_vector(cpu, destination, &out);
     set_vector(cpu, mask_register, &mask);
     result

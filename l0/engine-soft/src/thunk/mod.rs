@@ -34,6 +34,7 @@ use x86_spec::{exception, reg::xcr0};
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::{Handler, Op, SimpleFn, simple_next};
+use crate::operand::{memory_segment, segment_index, size_mask};
 use crate::ops::op_linear;
 use crate::{attempt, next};
 
@@ -102,12 +103,7 @@ impl ThunkCache {
     /// # Errors
     /// When the host refuses executable memory.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            arena: Arena::new()?,
-            forms: HashMap::new(),
-            compiler: Compiler::new(),
-            generation: 0,
-        })
+        Ok(Self { arena: Arena::new()?, forms: HashMap::new(), compiler: Compiler::new(), generation: 0 })
     }
 
     /// Drops all thunks. Blocks that were decoded before must not run any more.
@@ -312,6 +308,13 @@ unsafe fn with_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block
         attempt!(cpu, op, check::<K>(cpu));
         let access = if o.imm & WRITE != 0 { Access::Write } else { Access::Read };
         let linear = attempt!(cpu, op, op_linear(cpu, o, o.aux as u32, access));
+        if K & X87 != 0
+            && o.imm & WRITE != 0
+            && x87::store_may_be_kept(&cpu.fpu)
+            && kept_store(cpu, o, linear)
+        {
+            next!(cpu, op);
+        }
         attempt!(cpu, op, transfer::<K>(cpu, o, linear, access));
         next!(cpu, op)
     }
@@ -329,9 +332,9 @@ unsafe fn bit_string(cpu: &mut Cpu, op: *const Op) -> *const Block {
         cpu.ip = cpu.rip().wrapping_add(o.offset as u64) & cpu.ip_mask();
         let offset = bit_string_offset(cpu.reg(i.op_register(1)), o.aux);
         let access = if o.imm & WRITE != 0 { Access::Write } else { Access::Read };
-        let mask = crate::operand::size_mask(cpu.address_size(i));
+        let mask = size_mask(cpu.address_size(i));
         let ea = cpu.effective_address(i).wrapping_add(offset) & mask;
-        let segment = crate::operand::segment_index(i.memory_segment());
+        let segment = segment_index(memory_segment(i));
         let linear = attempt!(cpu, op, cpu.segment_linear(segment, ea, o.aux as u32, access));
         match attempt!(cpu, op, cpu.direct(linear, o.aux as u32, access)) {
             Some(p) => call::<0>(cpu, o, p.wrapping_sub(offset as usize), linear),
@@ -351,6 +354,30 @@ fn bit_string_offset(bit: u64, size: u8) -> u64 {
     };
     ((bit >> log) * size as i64) as u64
 }
+
+/// An x87 store that raises an unmasked invalid, overflow or underflow exception neither
+/// writes nor touches its operand (SDM Vol. 1 §8.5); says whether this is one, which is
+/// then done.
+///
+/// # Safety
+/// As [`with_memory`].
+#[cold]
+#[inline(never)]
+unsafe fn kept_store(cpu: &mut Cpu, op: &Op, linear: u64) -> bool {
+    let mut scratch = Buffer([0; 64]);
+    let before = Snapshot::take(cpu);
+    // SAFETY: the buffer is larger than any x87 operand of a thunk.
+    unsafe { call::<X87>(cpu, op, scratch.0.as_mut_ptr(), linear) };
+    let kept = x87::store_kept(&cpu.fpu);
+    if !kept {
+        before.restore(cpu);
+    }
+    kept
+}
+
+/// A copy of a memory operand.
+#[repr(align(64))]
+struct Buffer([u8; 64]);
 
 /// Executes the thunk on the memory operand at `linear`.
 ///
@@ -381,8 +408,6 @@ unsafe fn transfer<const K: u8>(cpu: &mut Cpu, op: &Op, linear: u64, access: Acc
 #[cold]
 #[inline(never)]
 unsafe fn bounce<const K: u8>(cpu: &mut Cpu, op: &Op, linear: u64, offset: u64) -> Exec {
-    #[repr(align(64))]
-    struct Buffer([u8; 64]);
     let mut buffer = Buffer([0; 64]);
     let (read, write) = (op.imm & READ != 0, op.imm & WRITE != 0);
     let Some(bytes) = buffer.0.get_mut(..op.aux as usize) else { return Err(cpu.ud()) };
@@ -437,6 +462,10 @@ mod mxcsr {
     pub const PRE: u32 = 0b111;
     /// Underflow.
     pub const UE: u32 = 1 << 4;
+    /// Overflow.
+    pub const OE: u32 = 1 << 3;
+    /// Inexact.
+    pub const PE: u32 = 1 << 5;
     /// All exception flags.
     pub const FLAGS: u32 = 0x3f;
     /// All exception masks.
@@ -480,8 +509,17 @@ unsafe fn unmasked<const K: u8>(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Exec
         return Ok(());
     }
     before.restore(cpu);
-    let early = raised & enabled & mxcsr::PRE != 0;
-    cpu.fpu.mxcsr = guest | if early { raised & mxcsr::PRE } else { raised };
+    let stopped = raised & enabled;
+    cpu.fpu.mxcsr = guest
+        | if stopped & mxcsr::PRE != 0 {
+            raised & mxcsr::PRE
+        } else if stopped & (mxcsr::OE | mxcsr::UE) != 0 {
+            // An element stopped by these isn't rounded. That another one was inexact is
+            // lost here.
+            raised & !mxcsr::PE
+        } else {
+            raised
+        };
     let vector = if cpu.cr4 & cr4::OSXMMEXCPT != 0 { exception::XM } else { exception::UD };
     Err(cpu.fault(vector))
 }

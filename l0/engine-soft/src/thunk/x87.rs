@@ -185,8 +185,23 @@ pub(super) fn mmx(fpu: &FpuState, n: usize) -> [u8; 8] {
 
 /// EMMS: all registers empty.
 pub(super) fn leave_mmx(fpu: &mut FpuState) {
+    enter_mmx(fpu);
     fpu.x87.0[FTW] = 0;
 }
+
+/// Whether an exception that keeps a store from being made may be reported: invalid,
+/// overflow or underflow is unmasked.
+pub(super) fn store_may_be_kept(fpu: &FpuState) -> bool {
+    !fpu.x87.0[FCW] & KEEPS_STORE != 0
+}
+
+/// Whether such an exception is pending.
+pub(super) fn store_kept(fpu: &FpuState) -> bool {
+    fpu.x87.0[FSW] & !fpu.x87.0[FCW] & KEEPS_STORE != 0
+}
+
+/// IE, OE, UE.
+const KEEPS_STORE: u8 = 1 << 0 | 1 << 3 | 1 << 4;
 
 /// The last-instruction pointers before a thunk runs.
 #[derive(Clone, Copy)]

@@ -1,7 +1,7 @@
 //! Random instructions of a given form, and random states to execute them in.
 
 use iced_x86::{
-    Code, CpuidFeature as F, Decoder, DecoderOptions, EncodingKind, Encoder, FlowControl, Instruction,
+    Code, CpuidFeature as F, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
     Mnemonic as M, OpCodeOperandKind as K, OpKind, Register,
 };
 
@@ -333,8 +333,7 @@ pub fn sample(r: &mut Random, code: Code) -> Option<Sample> {
     let mut encoder = Encoder::new(64);
     encoder.encode(&i, INSTRUCTION).ok()?;
     let bytes = encoder.take_buffer();
-    let instruction =
-        Decoder::with_ip(64, &bytes, INSTRUCTION, DecoderOptions::NONE).decode();
+    let instruction = Decoder::with_ip(64, &bytes, INSTRUCTION, DecoderOptions::NONE).decode();
     if instruction.is_invalid() || instruction.len() != bytes.len() {
         return None;
     }
@@ -353,9 +352,8 @@ fn rflags(bits: u32) -> u64 {
 
 /// Whether the instruction uses RSI or RDI as string instructions do.
 pub fn is_string(i: &Instruction) -> bool {
-    (0..i.op_count()).any(|n| {
-        matches!(i.op_kind(n), OpKind::MemorySegRSI | OpKind::MemoryESRDI | OpKind::MemorySegRDI)
-    })
+    (0..i.op_count())
+        .any(|n| matches!(i.op_kind(n), OpKind::MemorySegRSI | OpKind::MemoryESRDI | OpKind::MemorySegRDI))
 }
 
 /// An address for an operand of `size` bytes: mostly inside the data, aligned or not, also

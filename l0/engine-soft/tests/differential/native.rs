@@ -62,7 +62,15 @@ const PRESERVED: [Register; 6] =
     [Register::RBX, Register::RBP, Register::R12, Register::R13, Register::R14, Register::R15];
 
 fn at(offset: usize) -> MemoryOperand {
-    MemoryOperand::new(Register::None, Register::None, 1, (BLOCK as usize + offset) as i64, 4, false, Register::None)
+    MemoryOperand::new(
+        Register::None,
+        Register::None,
+        1,
+        (BLOCK as usize + offset) as i64,
+        4,
+        false,
+        Register::None,
+    )
 }
 
 macro_rules! field {
