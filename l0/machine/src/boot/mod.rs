@@ -5,6 +5,7 @@
 //! a PVH note, multiboot 1. Not supported: multiboot 2, EFI programs, real-mode boot
 //! sectors, boot loaders inside the guest.
 
+mod bda;
 mod bzimage;
 mod decompress;
 mod e820;
@@ -157,6 +158,7 @@ fn load_unpacked(ram: &L1Ram, request: &BootRequest<'_>) -> Result<Loaded, BootE
         placement.note(at.0, at.0.saturating_add(blob.len() as u64), "the ACPI tables");
         placement.write("the ACPI tables", at.0, blob)?;
     }
+    bda::write(&placement)?;
     let map = memory_map(ram, &acpi);
     if is_bzimage(&kernel.data) {
         let command_line = request.command_line.unwrap_or_default();

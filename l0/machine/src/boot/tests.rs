@@ -271,6 +271,19 @@ fn multiboot_information() {
 }
 
 #[test]
+fn the_bios_data_area_says_where_conventional_memory_ends() {
+    let ram = ram(64 * MIB);
+    ram.fill(L1Gpa(0), 0xee, 0x1000).unwrap();
+    load(&ram, &request(&file("k", vmlinux()))).unwrap();
+    // IBM PS/2 BIOS Technical Reference, "BIOS Data Area".
+    assert_eq!(u32_in(&ram, 0x400) & 0xffff, 0x3f8);
+    assert_eq!(u32_in(&ram, 0x40e) & 0xffff, 0x9fc0);
+    assert_eq!(u32_in(&ram, 0x413) & 0xffff, 639);
+    assert_eq!(bytes(&ram, 0x9_fc00, 1), [1]);
+    assert_eq!(bytes(&ram, 0, 0x400), [0; 0x400]);
+}
+
+#[test]
 fn multiboot_header_errors() {
     let run = |image: Vec<u8>| load(&ram(8 * MIB), &request(&file("k", image)));
     let addresses = [0x10_0000, 0x10_0000, 0, 0, 0x10_0020];
