@@ -1,5 +1,7 @@
 //! The VM-exit instruction-information field and what goes with it (SDM Vol. 3C §28.2.5,
 //! tables 28-8 to 28-15).
+//!
+//! Not supported: the forms of UMWAIT, TPAUSE and LOADIWKEY, which are not offered.
 
 use engine::VmExit;
 use iced_x86::{Instruction, OpKind, Register};

@@ -2,6 +2,9 @@
 //!
 //! The engine itself serves the MSRs that belong to the context it runs. Any other that
 //! the MSR bitmap lets through is #GP(0), as an MSR that doesn't exist.
+//!
+//! Not supported: last-branch recording and branch trapping, supervisor state components, writes
+//! to IA32_TIME_STAMP_COUNTER that don't exit.
 
 use iced_x86::Instruction;
 use memory::MachineAddr;

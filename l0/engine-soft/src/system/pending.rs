@@ -52,7 +52,12 @@ impl Cpu {
     pub(crate) fn begin_shadow(&mut self, kind: u32) {
         self.interruptibility = self.interruptibility & !SHADOW | kind;
         self.boundary.shadow_at = self.icount;
-        self.request_event_check();
+        // Whatever looks before the next instruction has completed sees the shadow, and whatever
+        // looks later ends it. Only an open window is waited for to the instruction.
+        let windows = PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING;
+        if self.controls.primary.intersects(windows) {
+            self.request_event_check();
+        }
     }
 
     /// Looks up what DR7 means for [`check`]; to be called when DR7 changes.

@@ -1,4 +1,6 @@
 //! Segment registers and descriptors (SDM Vol. 3A chapters 3 and 5).
+//!
+//! Not supported: nothing of them is left out.
 
 use engine::{Segment, interruptibility};
 use iced_x86::{Instruction, OpKind, Register};

@@ -1,5 +1,7 @@
 //! Stack accesses through a given stack segment, which need not be the current one:
 //! what far transfers, IRET and event delivery use.
+//!
+//! Not supported: shadow stacks.
 
 use engine::Segment;
 use x86_spec::exception;

@@ -1,5 +1,7 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT, SWAPGS and the FS/GS base instructions (SDM Vol. 2B,
 //! Intel's rules where AMD's differ).
+//!
+//! Not supported: SYSCALL outside 64-bit mode (#UD, as on Intel), shadow stacks, FRED.
 
 use engine::{Segment, pending_debug};
 use iced_x86::{Instruction, Mnemonic};

@@ -1,4 +1,6 @@
 //! GDTR, IDTR, LDTR and TR (SDM Vol. 3A §2.4).
+//!
+//! Not supported: nothing of them is left out.
 
 use engine::{DescriptorTable, Segment};
 use iced_x86::Instruction;

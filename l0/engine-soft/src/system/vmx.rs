@@ -1,5 +1,7 @@
 //! Instructions that always exit from non-root operation: VMX's own, RSM and GETSEC (SDM
 //! Vol. 3C §26.1.2). The exit comes before the CPL check, which is the hypervisor's to do.
+//!
+//! Not supported: VMCS shadowing (VMREAD and VMWRITE always exit), VM functions, SMM, SMX.
 
 use iced_x86::{Instruction, OpKind};
 use x86_spec::controls::SecondaryControls;
