@@ -8,13 +8,14 @@
 //! | 0x70, 0x71 | RTC and CMOS RAM |
 //! | 0x80 | POST code |
 //! | 0x92, 0xCF9 | reset |
+//! | 0xCF8, 0xCFC–0xCFF | PCI configuration |
 //! | 0x3F8–0x3FF | serial port |
 //! | 0x510, 0x511 | fw_cfg |
 //! | 0x600–0x60B | ACPI fixed hardware |
 //! | 0xE0–0xEB, 0x2000–0x2017 | test device (option) |
 //! | 0xF4–0xF7 | isa-debug-exit (option) |
 //!
-//! Not supported: PCI (configuration ports read as ones), HPET, VGA, floppy, parallel port.
+//! Not supported: PCI devices (there is only a host bridge), HPET, VGA, floppy, parallel port.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -26,6 +27,7 @@ use devices::fabric::Notifier;
 use devices::fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg};
 use devices::i8042::I8042;
 use devices::ioapic::{IOAPIC_BASE, IOAPIC_SIZE};
+use devices::pci::{ADDRESS_PORT, DATA_PORT, DATA_PORTS, PciConfig};
 use devices::pit::Pit;
 use devices::pm::{PM_BASE, PM_PORTS, PowerManagement};
 use devices::reset::{Port92, PostCode, RESET_PORT, ResetControl};
@@ -221,18 +223,18 @@ impl PioDevice for Port61 {
     }
 }
 
-/// Ports 0x60 and 0x64: one device with a gap, in which 0x61 lies.
-struct I8042Port {
-    controller: Arc<Mutex<I8042>>,
+/// A part of a device whose ports lie apart, `offset` ports from its first.
+struct PortsAt<D> {
+    device: Arc<Mutex<D>>,
     offset: u16,
 }
 
-impl PioDevice for I8042Port {
-    fn read(&mut self, _offset: u16, size: u8) -> u32 {
-        lock(&self.controller).read(self.offset, size)
+impl<D: PioDevice> PioDevice for PortsAt<D> {
+    fn read(&mut self, offset: u16, size: u8) -> u32 {
+        lock(&self.device).read(self.offset + offset, size)
     }
-    fn write(&mut self, _offset: u16, size: u8, value: u32) {
-        lock(&self.controller).write(self.offset, size, value);
+    fn write(&mut self, offset: u16, size: u8, value: u32) {
+        lock(&self.device).write(self.offset + offset, size, value);
     }
 }
 
@@ -304,8 +306,14 @@ impl Pc {
         pio.claim(0x40, 4, PortWidth::Byte, pit.clone())?;
         pio.claim(0x61, 1, PortWidth::Byte, shared(Port61(pit.clone())))?;
         for offset in [0, 4] {
-            let port = I8042Port { controller: i8042.clone(), offset };
+            let port = PortsAt { device: i8042.clone(), offset };
             pio.claim(0x60 + offset, 1, PortWidth::Byte, shared(port))?;
+        }
+        // The reset register lies between PCI's two.
+        let pci = shared(PciConfig::default());
+        for (port, count) in [(ADDRESS_PORT, 1), (DATA_PORT, DATA_PORTS)] {
+            let part = PortsAt { device: pci.clone(), offset: port - ADDRESS_PORT };
+            pio.claim(port, count, PortWidth::Any, shared(part))?;
         }
         pio.claim(0x70, 2, PortWidth::Byte, rtc.clone())?;
         pio.claim(0x80, 1, PortWidth::Byte, shared(PostCode::default()))?;

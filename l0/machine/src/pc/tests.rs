@@ -69,9 +69,18 @@ fn options_leave_their_devices_out() {
     assert_eq!(pc.take_event(), None);
     assert_eq!(pc.pio_read(0xe0, 4), 0xffff_ffff);
     assert_eq!(pc.mmio_read(0, L1Gpa(0xff00_0000), 8), u64::MAX);
-    // No PCI: the configuration address does not read back.
+}
+
+#[test]
+fn pci_configuration_and_the_reset_register_share_a_doubleword() {
+    let (pc, _) = pc();
+    pc.pio_write(0xcf8, 4, 0x8000_0600);
+    assert_eq!(pc.take_event(), None);
     pc.pio_write(0xcf8, 4, 0x8000_0000);
-    assert_eq!((pc.pio_read(0xcf8, 4), pc.pio_read(0xcfc, 4)), (u32::MAX, u32::MAX));
+    assert_eq!((pc.pio_read(0xcf8, 4), pc.pio_read(0xcfc, 4)), (0x8000_0000, 0x0d57_8086));
+    assert_eq!(pc.pio_read(0xcfe, 2), 0x0d57);
+    pc.pio_write(0xcf9, 1, 6);
+    assert_eq!(pc.take_event(), Some(MachineEvent::Reset));
 }
 
 #[test]
