@@ -1,0 +1,3 @@
+//! Whole-program tests: the real `nestvmm` program boots real kernels.
+
+mod boot;
