@@ -3,9 +3,10 @@
 //! Written here because the superio crates' model has no FIFO control register, no trigger levels, no
 //! priority of interrupt sources, and edges instead of a level on its interrupt line.
 //!
-//! The peer honours RTS: what is typed waits in a bounded queue until the guest asserts
-//! RTS or enables the received-data interrupt, so that input sent before a driver opened the port is
-//! not lost when it clears the FIFOs.
+//! The peer is patient: what is typed waits in a bounded queue until the guest is ready for it, that is, has
+//! enabled the received-data interrupt or asserts RTS and OUT2. When it stops being ready, what it has not
+//! read goes back into the queue. So input sent before or while a driver opens and closes the
+//! port is not lost when the driver clears the FIFOs and reads the data register to settle them.
 //!
 //! Not supported: line speed (bytes move at once, the divisor is only stored), parity, framing and break
 //! conditions, DMA modes.
@@ -145,10 +146,20 @@ impl Serial {
         }
     }
 
-    /// Moves queued input into the FIFO while the guest is ready for it.
+    fn is_ready_for_input(&self) -> bool {
+        let asserted = MCR_RTS | MCR_OUT2;
+        self.ier & IER_RECEIVED != 0 || self.mcr & asserted == asserted
+    }
+
+    /// Moves queued input into the FIFO while the guest is ready for it, and back when it is not.
     fn receive(&mut self) {
-        let ready = self.mcr & MCR_RTS != 0 || self.ier & IER_RECEIVED != 0;
-        if !ready || self.mcr & MCR_LOOP != 0 {
+        if self.mcr & MCR_LOOP != 0 {
+            return;
+        }
+        if !self.is_ready_for_input() {
+            while let Some(byte) = self.fifo.pop_back() {
+                self.input.push_front(byte);
+            }
             return;
         }
         while self.fifo.len() < self.fifo_depth()
@@ -156,6 +167,21 @@ impl Serial {
         {
             self.fifo.push_back(byte);
         }
+    }
+
+    /// Modem control. Loopback disconnects the receiver: what it holds of one side is not shown to the other.
+    fn write_mcr(&mut self, value: u8) {
+        let entering = value & !self.mcr & MCR_LOOP != 0;
+        let leaving = self.mcr & !value & MCR_LOOP != 0;
+        if entering {
+            while let Some(byte) = self.fifo.pop_back() {
+                self.input.push_front(byte);
+            }
+        } else if leaving {
+            self.fifo.clear();
+        }
+        self.mcr = value & 0x1f;
+        self.update_modem();
     }
 
     fn transmit(&mut self, byte: u8) {
@@ -269,10 +295,7 @@ impl Serial {
             }
             2 => self.write_fcr(value),
             3 => self.lcr = value,
-            4 => {
-                self.mcr = value & 0x1f;
-                self.update_modem();
-            }
+            4 => self.write_mcr(value),
             7 => self.scratch = value,
             // LSR and MSR are for reading.
             _ => {}
@@ -432,14 +455,45 @@ mod tests {
     }
 
     #[test]
-    fn received_data_waits_for_rts() {
+    fn received_data_waits_until_the_guest_is_ready() {
         let mut b = bench();
         assert_eq!(b.uart.push_input(b"ab"), 2);
-        assert_eq!(b.get(5) & LSR_DATA_READY, 0);
         b.set(4, MCR_RTS);
+        assert_eq!((b.get(5) & LSR_DATA_READY, b.get(0)), (0, 0));
+        b.set(4, MCR_RTS | MCR_OUT2);
         assert_eq!(b.get(5) & LSR_DATA_READY, 1);
         assert_eq!((b.get(0), b.get(0), b.get(0)), (b'a', b'b', 0));
         assert_eq!(b.get(5) & LSR_DATA_READY, 0);
+    }
+
+    #[test]
+    fn input_survives_closing_and_opening_the_port() {
+        // What Linux does: interrupts off, modem lines off, FIFOs cleared, data register read.
+        let mut b = bench();
+        b.open(0x81);
+        b.set(1, IER_RECEIVED);
+        b.uart.push_input(b"reboot");
+        assert_eq!(b.get(0), b'r');
+        b.set(1, 0);
+        b.set(4, 0);
+        b.set(2, FCR_ENABLE | FCR_CLEAR_RX);
+        assert_eq!((b.get(0), b.get(5) & LSR_DATA_READY), (0, 0));
+        b.set(4, MCR_OUT2);
+        b.set(1, IER_RECEIVED);
+        assert_eq!([(); 5].map(|()| b.get(0)), *b"eboot");
+    }
+
+    #[test]
+    fn loopback_does_not_mix_with_input() {
+        let mut b = bench();
+        b.open(1);
+        b.uart.push_input(b"in");
+        b.set(4, MCR_LOOP | MCR_RTS | MCR_OUT2);
+        b.set(0, b'x');
+        b.set(0, b'y');
+        assert_eq!(b.get(0), b'x');
+        b.set(4, MCR_RTS | MCR_OUT2);
+        assert_eq!((b.get(0), b.get(0)), (b'i', b'n'));
     }
 
     #[test]
