@@ -123,7 +123,7 @@ pub fn lookup(i: &Instruction) -> Option<(SimpleFn, SimpleKind)> {
         Mnemonic::Sysret | Mnemonic::Sysretq => (syscall::sysret, End),
         Mnemonic::Sysenter => (syscall::sysenter, End),
         Mnemonic::Sysexit | Mnemonic::Sysexitq => (syscall::sysexit, End),
-        Mnemonic::Swapgs => (syscall::swapgs, End),
+        Mnemonic::Swapgs => (syscall::swapgs, Next),
         Mnemonic::Rdfsbase => (syscall::rdfsbase, Next),
         Mnemonic::Rdgsbase => (syscall::rdgsbase, Next),
         Mnemonic::Wrfsbase => (syscall::wrfsbase, Next),
@@ -133,8 +133,9 @@ pub fn lookup(i: &Instruction) -> Option<(SimpleFn, SimpleKind)> {
         Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => (flags::popf, End),
         Mnemonic::Cli => (flags::cli, Next),
         Mnemonic::Sti => (flags::sti, End),
-        Mnemonic::Clac => (flags::clac, End),
-        Mnemonic::Stac => (flags::stac, End),
+        // AC selects translations at each access, so the block may go on.
+        Mnemonic::Clac => (flags::clac, Next),
+        Mnemonic::Stac => (flags::stac, Next),
         Mnemonic::Hlt => (flags::hlt, End),
 
         Mnemonic::Rdmsr => (msr::rdmsr, Next),

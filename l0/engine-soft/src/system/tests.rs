@@ -1524,6 +1524,36 @@ fn long_mode_switch() {
     g.expect_event(ex::GP, Some(0));
 }
 
+/// A delivery whose frame overwrites the code that runs: the instruction starts anew alone and
+/// completes once.
+#[test]
+fn frame_over_the_running_code() {
+    // nop; int 0x80
+    let mut g = Guest::long(&[0x90, 0xcd, 0x80]).with(gpr::RSP, CODE + 0x20);
+    g.expect_event(0x80, None);
+    let rsp = g.vmcs.guest.rsp;
+    assert_eq!(rsp, CODE + 0x20 - 40);
+    assert_eq!(g.read64(rsp), CODE + 3);
+    assert_eq!(g.read64(rsp + 24), CODE + 0x20);
+}
+
+/// STAC and CLAC within a block change what the accesses after them may do (SDM Vol. 3A §4.6.1).
+#[test]
+fn smap_within_a_block() {
+    // stac; mov rcx, [rax]; clac; mov rcx, [rax]
+    let mut g = Guest::long(&[0x0f, 0x01, 0xcb, 0x48, 0x8b, 0x08, 0x0f, 0x01, 0xca, 0x48, 0x8b, 0x08])
+        .with(gpr::RAX, 0x20_0000)
+        .patch(|g| {
+            g.vmcs.guest.cr4 |= cr4::SMAP;
+            // Everything but the 2 MiB at 0x20_0000 is the supervisor's.
+            for n in (0..MEMORY >> 21).filter(|n| *n != 1) {
+                g.write64(0x1_2000 + n * 8, n << 21 | 0x83);
+            }
+        });
+    g.expect_event(ex::PF, Some(pf::P));
+    assert_eq!(g.read64(g.vmcs.guest.rsp + 8), CODE + 9, "the second access");
+}
+
 /// A small generator, so that a failure can be repeated from its seed.
 struct Random(u64);
 impl Random {
