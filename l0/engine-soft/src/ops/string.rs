@@ -184,9 +184,10 @@ fn element(cpu: &mut Cpu, f: Form) -> Exec {
             compare(cpu, cpu.regs[RAX], b, f.size);
         }
         Kind::Cmps => {
-            let a = source(cpu)?;
+            // Processors read the destination first, which shows when both fault.
             let at = destination(cpu, Access::Read)?;
             let b = cpu.read_sized(at, f.size)?;
+            let a = source(cpu)?;
             compare(cpu, a, b, f.size);
         }
     }

@@ -504,6 +504,10 @@ unsafe fn unmasked<const K: u8>(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Exec
     // SAFETY: the caller's contract.
     unsafe { call::<K>(cpu, op, memory, 0) };
     raised |= cpu.fpu.mxcsr & mxcsr::FLAGS;
+    // SAFETY: the caller's contract; decode keeps the instruction as long as its op.
+    if guest & mxcsr::UM == 0 && unsafe { tiny_halves(cpu, &*op.insn, memory) } {
+        raised |= mxcsr::UE;
+    }
     if raised & enabled == 0 {
         cpu.fpu.mxcsr = guest | raised;
         return Ok(());
@@ -522,6 +526,32 @@ unsafe fn unmasked<const K: u8>(cpu: &mut Cpu, op: &Op, memory: *mut u8) -> Exec
         };
     let vector = if cpu.cr4 & cr4::OSXMMEXCPT != 0 { exception::XM } else { exception::UD };
     Err(cpu.fault(vector))
+}
+
+/// Whether VCVTPS2PH, which doesn't flush to zero, gave a tiny result.
+///
+/// # Safety
+/// `memory` is the memory operand of `i`, if it has one.
+unsafe fn tiny_halves(cpu: &Cpu, i: &Instruction, memory: *const u8) -> bool {
+    let halves = match i.code() {
+        Code::VEX_Vcvtps2ph_xmmm64_xmm_imm8 => 4,
+        Code::VEX_Vcvtps2ph_xmmm128_ymm_imm8 => 8,
+        _ => return false,
+    };
+    let lanes = if i.op0_kind() == OpKind::Register {
+        cpu.fpu.vectors[i.op0_register().number() & 15].map(u64::to_le_bytes)
+    } else {
+        let mut lanes = [[0; 8]; 4];
+        for (n, lane) in lanes.iter_mut().take(halves / 4).enumerate() {
+            // SAFETY: the operand is `2 * halves` bytes long.
+            *lane = unsafe { memory.add(8 * n).cast::<[u8; 8]>().read() };
+        }
+        lanes
+    };
+    lanes.as_flattened().as_chunks::<2>().0.iter().take(halves).any(|h| {
+        let h = u16::from_le_bytes(*h);
+        h & 0x7c00 == 0 && h & 0x3ff != 0
+    })
 }
 
 /// Calls the thunk and does what surrounds it for MMX and x87.

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::ptr;
+use std::sync::{Mutex, MutexGuard};
 
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 
@@ -34,11 +35,14 @@ struct Fx([u8; 512]);
 /// No trap happened.
 const NO_TRAP: u64 = u64::MAX;
 
-/// The host processor as an executor of single instructions. There is one: it owns fixed
-/// addresses and signal handlers.
+/// The host processor as an executor of single instructions. There is one at a time: it owns
+/// fixed addresses and signal handlers.
 pub struct Native {
     entry: extern "C" fn(),
+    _only: MutexGuard<'static, ()>,
 }
+
+static ONLY: Mutex<()> = Mutex::new(());
 
 const GPR: [Register; 16] = [
     Register::RAX,
@@ -182,9 +186,19 @@ fn map(address: u64, pages: usize, protection: i32) -> io::Result<()> {
     if p as u64 == address { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+impl Drop for Native {
+    fn drop(&mut self) {
+        for (address, pages) in [(DATA, 2), (READ_ONLY, 1), (CODE, 2), (BLOCK, 2)] {
+            // SAFETY: these were mapped by `new`, and nothing refers to them any more.
+            unsafe { libc::munmap(address as *mut _, pages * PAGE) };
+        }
+    }
+}
+
 impl Native {
     /// Maps the fixed addresses and sets the signal handlers.
     pub fn new() -> io::Result<Self> {
+        let only = ONLY.lock().unwrap_or_else(|e| e.into_inner());
         const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
         map(DATA, 2, RW)?;
         map(READ_ONLY, 1, RW)?;
@@ -208,7 +222,7 @@ impl Native {
             for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE] {
                 libc::sigaction(signal, &action, ptr::null_mut());
             }
-            Ok(Self { entry: std::mem::transmute::<usize, extern "C" fn()>(STUB as usize) })
+            Ok(Self { entry: std::mem::transmute::<usize, extern "C" fn()>(STUB as usize), _only: only })
         }
     }
 
