@@ -30,6 +30,31 @@ pub enum Command {
     /// Build an image, or show what is in one
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Measure speed, as ratios against a peer in the same run
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// Subcommands of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Boot an image here and under QEMU's TCG, run the mix in both and on the host, and compare
+    Boot(BenchBootArgs),
+    /// Run a fixed user-mode workload here and print a line per part, in milliseconds
+    Mix,
+}
+
+/// Arguments of `bench boot`.
+#[derive(Debug, Args)]
+pub struct BenchBootArgs {
+    /// Image that `nestvmm image build` made, with nestvmm in it
+    pub image: PathBuf,
+    /// QEMU's program
+    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// How often each boots; medians are compared
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub runs: usize,
 }
 
 /// Subcommands of `image`.
