@@ -173,6 +173,8 @@ pub struct Cpu {
     pub interruptibility: u32,
     /// Debug exceptions that wait for the instruction boundary ([`engine::pending_debug`]).
     pub pending_debug: u64,
+    /// PML index (SDM Vol. 3C §25.4.2).
+    pub pml_index: u16,
     /// The event whose delivery is in progress, for IDT-vectoring information and for
     /// double faults.
     pub delivering: Option<Event>,

@@ -164,6 +164,7 @@ impl Cpu {
             activity: Activity::Active,
             interruptibility: 0,
             pending_debug: 0,
+            pml_index: guest.pml_index,
             delivering: None,
             delivering_length: 0,
             controls: engine::Controls::default(),

@@ -11,8 +11,7 @@
 //! run out. Hence L1↔L2 switches and CR3 loads keep all that the architecture lets them keep.
 //!
 //! Not supported: 5-level paging, protection keys, paging-structure caches (every miss of both
-//! TLBs walks), EPT page-modification logging, mode-based execute control, sub-page
-//! permissions. Memory types are accepted and have no effect: all memory is coherent.
+//! TLBs walks), sub-page permissions, #VE. Memory types are accepted and have no effect: all memory is coherent.
 
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -135,6 +134,9 @@ struct EptCacheEntry {
     /// EPT permission bits R, W, X; W only while no dirty flag needs setting.
     rights: u64,
 }
+
+/// Bit of [`SpaceKey::eptp`], above any address: translations made under mode-based execute control.
+const BY_MODE: u64 = 1 << 63;
 
 /// What selects a set of translations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -355,7 +357,11 @@ impl Cpu {
         };
         SpaceKey {
             vpid: if on(SecondaryControls::ENABLE_VPID) { c.vpid } else { 0 },
-            eptp: if on(SecondaryControls::ENABLE_EPT) { c.eptp } else { 0 },
+            eptp: if on(SecondaryControls::ENABLE_EPT) {
+                c.eptp | if on(SecondaryControls::MODE_BASED_EPT) { BY_MODE } else { 0 }
+            } else {
+                0
+            },
             pcid: if self.cr4 & cr4::PCIDE != 0 { (self.cr3 & 0xfff) as u16 } else { 0 },
             paging: self.paging_key(),
         }
@@ -1157,10 +1163,13 @@ impl Cpu {
         flags: u16,
         dirty: bool,
     ) -> Exec<Result<Translation, u64>> {
+        // Under mode-based execute control a fetch needs the right of its linear address's mode
+        // (SDM Vol. 3C §29.3.3.2); without it the walk gives both the same value.
+        let execute = if flags & tf::USER != 0 { ept::XU } else { ept::X };
         let access = match how.access {
             Access::Read => ept::R,
             Access::Write => ept::W,
-            Access::Fetch => ept::X,
+            Access::Fetch => execute,
         };
         match self.ept_lookup(gpa & !0xfff, access) {
             Ok((machine, rights)) => {
@@ -1168,7 +1177,7 @@ impl Cpu {
                     return if self.bus.is_some() { Ok(Err(gpa)) } else { Err(self.no_memory(gpa, linear)) };
                 }
                 let mut f = flags;
-                for (bit, flag) in [(ept::R, tf::EPT_R), (ept::W, tf::EPT_W), (ept::X, tf::EPT_X)] {
+                for (bit, flag) in [(ept::R, tf::EPT_R), (ept::W, tf::EPT_W), (execute, tf::EPT_X)] {
                     if rights & bit != 0 {
                         f |= flag;
                     }
@@ -1183,7 +1192,8 @@ impl Cpu {
                 miss.exit.guest_linear = linear;
                 miss.exit.guest_physical = Gpa(gpa);
                 if miss.violation {
-                    miss.exit.qualification |= ept_violation::LINEAR_VALID | ept_violation::TRANSLATED;
+                    miss.exit.qualification |=
+                        ept_violation::LINEAR_VALID | ept_violation::TRANSLATED | advanced_information(flags);
                 }
                 Err(self.exit(miss.exit))
             }
@@ -1266,7 +1276,7 @@ impl Cpu {
     /// Guest-physical page to machine page, with the rights of the path. Cached.
     fn ept_lookup(&mut self, gpa: u64, access: u64) -> Result<(u64, u64), EptMiss> {
         if !self.ept_on() {
-            return Ok((gpa, ept::RWX));
+            return Ok((gpa, ept::RWX | ept::XU));
         }
         let eptp = self.mmu.current.eptp;
         let i = (gpa >> 12) as usize & (EPT_ENTRIES - 1);
@@ -1279,12 +1289,15 @@ impl Cpu {
         Ok((machine, rights))
     }
 
-    /// The EPT walk (SDM Vol. 3C §29.3.2): page of machine memory and effective rights.
+    /// The EPT walk (SDM Vol. 3C §29.3.2): page of machine memory and effective rights, in
+    /// which XU stands for X where there is no mode-based execute control.
     fn ept_walk(&mut self, eptp: u64, gpa: u64, access: u64) -> Result<(u64, u64), EptMiss> {
         let ad = eptp & ept::EPTP_AD != 0;
-        let violation = |rights: u64| {
-            let q = access & 7 | (rights & 7) << 3;
-            EptMiss { exit: VmExit::new(ExitReason::EptViolation).qualified(q), violation: true }
+        let by_mode = self.secondary(SecondaryControls::MODE_BASED_EPT);
+        let present = if by_mode { ept::RWX | ept::XU } else { ept::RWX };
+        let violation = |rights: u64| EptMiss {
+            exit: VmExit::new(ExitReason::EptViolation).qualified(violation_bits(access, rights, by_mode)),
+            violation: true,
         };
         let misconfiguration =
             || EptMiss { exit: VmExit::new(ExitReason::EptMisconfiguration), violation: false };
@@ -1292,15 +1305,20 @@ impl Cpu {
             return Err(violation(0));
         }
         let mut table = eptp & ept::ADDR_MASK;
-        let mut rights = ept::RWX;
+        let mut rights = ept::RWX | ept::XU;
         let mut level = 3;
+        let mut path = [MachineAddr(0); 4];
         loop {
             let shift = 12 + 9 * level;
             let at = MachineAddr(table + (gpa >> shift & 511) * 8);
             let Ok(cell) = self.memory.atomic_u64(at) else { return Err(misconfiguration()) };
             let entry = cell.load(Ordering::Acquire);
-            rights &= entry;
-            if entry & ept::RWX == 0 {
+            path[level as usize] = at;
+            rights &= if by_mode || entry & ept::X == 0 { entry } else { entry | ept::XU };
+            if !by_mode && entry & ept::X == 0 {
+                rights &= !ept::XU;
+            }
+            if entry & present == 0 {
                 return Err(violation(0));
             }
             let leaf = level == 0 || entry & ept::LARGE != 0 && level <= 2;
@@ -1308,9 +1326,6 @@ impl Cpu {
                 return Err(misconfiguration());
             }
             if !leaf {
-                if ad && entry & ept::A == 0 {
-                    cell.fetch_or(ept::A, Ordering::AcqRel);
-                }
                 table = entry & ept::ADDR_MASK;
                 level -= 1;
                 continue;
@@ -1318,19 +1333,42 @@ impl Cpu {
             if rights & access != access {
                 return Err(violation(rights));
             }
-            let mut usable = rights;
             if ad {
-                let want = ept::A | if access & ept::W != 0 { ept::D } else { 0 };
-                if entry & want != want {
-                    cell.fetch_or(want, Ordering::AcqRel);
+                let write = access & ept::W != 0;
+                if write && entry & ept::D == 0 {
+                    self.log_page_modification(gpa)?;
                 }
-                if (entry | want) & ept::D == 0 {
-                    usable &= !ept::W;
+                for (l, at) in path.iter().enumerate().skip(level as usize) {
+                    let want = ept::A | if write && l == level as usize { ept::D } else { 0 };
+                    if let Ok(cell) = self.memory.atomic_u64(*at)
+                        && cell.load(Ordering::Acquire) & want != want
+                    {
+                        cell.fetch_or(want, Ordering::AcqRel);
+                    }
+                }
+                if !write && entry & ept::D == 0 {
+                    rights &= !ept::W;
                 }
             }
             let mask = (1u64 << shift) - 1;
-            return Ok((entry & ept::ADDR_MASK & !mask | gpa & mask & !0xfff, usable));
+            return Ok((entry & ept::ADDR_MASK & !mask | gpa & mask & !0xfff, rights));
         }
+    }
+
+    /// Page-modification logging (SDM Vol. 3C §29.3.6): before a dirty flag is set, the page goes to
+    /// the log; with the log full, the access exits instead.
+    fn log_page_modification(&mut self, gpa: u64) -> Result<(), EptMiss> {
+        if !self.secondary(SecondaryControls::ENABLE_PML) {
+            return Ok(());
+        }
+        if self.pml_index > 511 {
+            return Err(EptMiss { exit: VmExit::new(ExitReason::PmlFull), violation: false });
+        }
+        let at = self.controls.pml.offset(self.pml_index as u64 * 8);
+        // An address outside memory was refused when L0 checked the VMCS; here it goes nowhere.
+        let _ = self.memory.write_u64(at, gpa & !0xfff);
+        self.pml_index = self.pml_index.wrapping_sub(1);
+        Ok(())
     }
 
     /// Side-effect-free translation for L0 (debuggers): guest-physical address.
@@ -1410,7 +1448,16 @@ impl Cpu {
         let mut loaded = [0; 4];
         for (i, slot) in loaded.iter_mut().enumerate() {
             let how = How { access: Access::Read, mode: PRIV_SUPERVISOR_AC };
-            let e = self.read_paging_entry(how, 0, base + i as u64 * 8, 8).inspect_err(|_| {})?;
+            let e = match self.read_paging_entry(how, 0, base + i as u64 * 8, 8) {
+                Ok(e) => e,
+                Err(stop) => {
+                    // No linear address leads here (SDM Vol. 3C table 28-7, bit 7).
+                    if let Reason::Exit(exit) = &mut self.reason {
+                        exit.qualification &= !ept_violation::LINEAR_VALID;
+                    }
+                    return Err(stop);
+                }
+            };
             if e & pte::P != 0 && e & (RESERVED_ADDR | 0xfff0_0000_0000_01e6) != 0 {
                 return Err(self.gp(0));
             }
@@ -1446,6 +1493,24 @@ impl Mmu {
             self.next_context += 1;
         }
     }
+}
+
+/// Access and permission bits of an EPT-violation qualification (SDM Vol. 3C table 28-7, bits 6:0).
+fn violation_bits(access: u64, rights: u64, by_mode: bool) -> u64 {
+    let fetch = access & (ept::X | ept::XU) != 0;
+    access & (ept::R | ept::W)
+        | if fetch { ept_violation::FETCH } else { 0 }
+        | (rights & ept::RWX) << 3
+        | if by_mode && rights & ept::XU != 0 { ept_violation::USER_EXECUTABLE } else { 0 }
+}
+
+/// Advanced EPT-violation information: what the guest's paging says of the page (SDM Vol. 3C
+/// table 28-7, bits 11:9). Without paging a page counts as user-mode, writable, executable.
+fn advanced_information(flags: u16) -> u64 {
+    let bit = |flag, q| if flags & flag != 0 { q } else { 0 };
+    bit(tf::USER, ept_violation::USER_LINEAR)
+        | bit(tf::WRITE, ept_violation::GUEST_WRITABLE)
+        | bit(tf::XD, ept_violation::GUEST_XD)
 }
 
 /// EPT misconfigurations (SDM Vol. 3C §29.3.3.1).

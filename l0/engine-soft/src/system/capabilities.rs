@@ -48,7 +48,9 @@ const SECONDARY: S = S::ENABLE_EPT
     .union(S::RDRAND_EXITING)
     .union(S::ENABLE_INVPCID)
     .union(S::RDSEED_EXITING)
+    .union(S::ENABLE_PML)
     .union(S::ENABLE_XSAVES_XRSTORS)
+    .union(S::MODE_BASED_EPT)
     .union(S::USE_TSC_SCALING);
 
 const EXIT: X = X::SAVE_DEBUG_CONTROLS
@@ -96,6 +98,7 @@ pub fn capabilities() -> VmxCapabilities {
             | e::AD
             | e::INVEPT_SINGLE
             | e::INVEPT_ALL
+            | e::ADVANCED_EXIT
             | e::INVVPID
             | e::INVVPID_ALL_TYPES,
         misc: MISC,

@@ -112,6 +112,7 @@ pub fn load(cpu: &mut Cpu, vmcs: &EngineVmcs, regs: &mut GuestRegs) -> Result<()
     cpu.activity = g.activity;
     cpu.interruptibility = g.interruptibility;
     cpu.pending_debug = g.pending_debug;
+    cpu.pml_index = g.pml_index;
     cpu.delivering = None;
     cpu.reason = Reason::None;
     cpu.single = false;
@@ -223,6 +224,7 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     g.activity = cpu.activity;
     g.interruptibility = cpu.interruptibility;
     g.pending_debug = cpu.pending_debug;
+    g.pml_index = cpu.pml_index;
     if cpu.secondary(SecondaryControls::ENABLE_EPT) {
         g.pdptes = cpu.pdptes;
     }
