@@ -134,9 +134,8 @@ mod tests {
         c.symlink("a/b/d", "c");
         c.char_device("dev/console", 0o600, 5, 1);
         c.dir("a/b");
-        let names: Vec<_> = read(&c.finish()).into_iter().map(|(n, m, d)| (n, m, d)).collect();
         assert_eq!(
-            names,
+            read(&c.finish()),
             [
                 ("a".into(), 0o040_755, vec![]),
                 ("a/b".into(), 0o040_755, vec![]),

@@ -143,6 +143,7 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
     let mut notices = Vec::new();
     // Files are looked at before anything is downloaded: their errors come at once.
     let (nestvmm, notice) = find_nestvmm(options.nestvmm.as_deref())?;
+    let nestvmm = nestvmm.map(|n| without_debug_information(n.data));
     notices.extend(notice);
     let mut extra = Vec::new();
     for (from, to) in &options.files {
@@ -175,7 +176,7 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
         modules: &kernel.modules,
         busybox: &busybox.data,
         applets: &applets,
-        nestvmm: nestvmm.as_ref().map(|n| n.data.as_slice()),
+        nestvmm: nestvmm.as_deref(),
         extra: &extra,
     });
     let write = |source| ImageError::Write { path: options.output.clone(), source };
@@ -366,6 +367,25 @@ fn static_problem(data: &[u8]) -> Option<&'static str> {
         Ok([]) | Err(_) => Some("is a damaged ELF program"),
         Ok(_) => None,
     }
+}
+
+/// Cuts what is not loaded, debug information above all, off an ELF program: in L1 it would
+/// take RAM. Linkers put it after everything that is loaded.
+fn without_debug_information(mut data: Vec<u8>) -> Vec<u8> {
+    use object::read::elf::{FileHeader, ProgramHeader};
+    let e = object::LittleEndian;
+    let header = object::elf::FileHeader64::<object::LittleEndian>::parse(data.as_slice());
+    let Ok(headers) = header.and_then(|h| h.program_headers(e, data.as_slice())) else { return data };
+    let end = headers.iter().map(|h| h.p_offset(e).saturating_add(h.p_filesz(e))).max().unwrap_or(0);
+    let end = usize::try_from(end).unwrap_or(usize::MAX).max(64);
+    if end < data.len() {
+        data.truncate(end);
+        // e_shoff, then e_shnum and e_shstrndx: the section headers went too.
+        for range in [40..48, 60..64] {
+            data.get_mut(range).unwrap_or_default().fill(0);
+        }
+    }
+    data
 }
 
 /// The nestvmm to put into the image: the one asked for, else the running one if it is

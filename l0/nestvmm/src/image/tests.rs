@@ -168,6 +168,19 @@ fn unusable_parts_are_named() {
 }
 
 #[test]
+fn debug_information_stays_outside() {
+    let mut program = fake_program(PT_LOAD);
+    // The segment ends with the headers, at 120; sections come after it.
+    program[64 + 32..64 + 40].copy_from_slice(&120_u64.to_le_bytes());
+    program[40..48].copy_from_slice(&200_u64.to_le_bytes());
+    let mut whole = program.clone();
+    whole.resize(500, 0xdd);
+    program[40..48].fill(0);
+    assert_eq!(without_debug_information(whole), program);
+    assert_eq!(without_debug_information(b"#!/bin/sh\n".to_vec()), b"#!/bin/sh\n");
+}
+
+#[test]
 fn inspecting_what_is_no_image() {
     let s = setup();
     let kernel = inspect(s.options.kernel_file.as_deref().unwrap()).unwrap().to_string();
