@@ -45,9 +45,6 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     console.start_input(&session)?;
     let result = run_machines(args, &files, &console.output, &session);
     drop(raw);
-    if args.exit_stats {
-        session.print_stats();
-    }
     match result? {
         End::Status(s) => Ok(s),
         End::Crash(text) => Err(Failure::new(status::GUEST_CRASH, text)),
@@ -142,9 +139,11 @@ fn boot_once<E: Engine + 'static>(
         .stack_size(VCPU_STACK)
         .spawn(move || vcpu.run())
         .map_err(|e| Failure::host(format!("can't start the vCPU's thread: {e}")))?;
-    thread
-        .join()
-        .map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
+    let end = thread.join();
+    if let Some(stopped) = session.clear_running().filter(|_| args.exit_stats) {
+        stopped.print_stats();
+    }
+    end.map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
 }
 
 fn vm_failure(e: VmError) -> Failure {

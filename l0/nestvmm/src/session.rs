@@ -1,6 +1,6 @@
 //! What the threads of a run share: the machine that runs now, and the wish to end.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hypervisor::VmHandle;
@@ -20,10 +20,21 @@ pub struct Running {
     pub handle: VmHandle,
 }
 
+impl Running {
+    /// Prints exit statistics.
+    pub fn print_stats(&self) {
+        if let Some(stats) = self.handle.stats(0) {
+            eprint!("\n{stats}");
+        }
+    }
+}
+
 /// A run.
 #[derive(Default)]
 pub struct Session {
     running: Mutex<Option<Running>>,
+    /// `running` or `ending` changed.
+    changed: Condvar,
     ending: Mutex<Option<u8>>,
 }
 
@@ -36,9 +47,22 @@ impl Session {
     pub fn set_running(&self, running: Running) {
         let handle = running.handle.clone();
         *lock(&self.running) = Some(running);
+        self.changed.notify_all();
         if self.ending().is_some() {
             handle.stop();
         }
+    }
+
+    /// Says that the machine stopped.
+    pub fn clear_running(&self) -> Option<Running> {
+        lock(&self.running).take()
+    }
+
+    /// The machine that runs now; waits for one. `None` at the end of the run.
+    fn wait_running(&self) -> Option<Running> {
+        let waiting = |r: &mut Option<Running>| r.is_none() && self.ending().is_none();
+        let guard = self.changed.wait_while(lock(&self.running), waiting);
+        guard.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The status to end with, if the user or a signal asked for the end.
@@ -53,6 +77,8 @@ impl Session {
     /// Ends the run with `status`; the first wish counts.
     pub fn end(&self, status: u8) {
         lock(&self.ending).get_or_insert(status);
+        drop(lock(&self.running));
+        self.changed.notify_all();
         if let Some(r) = self.running() {
             r.handle.stop();
         }
@@ -61,10 +87,8 @@ impl Session {
     /// Gives console input to the guest, waiting while its buffer is full.
     pub fn push_input(&self, mut bytes: &[u8]) {
         while !bytes.is_empty() && self.ending().is_none() {
-            let Some(r) = self.running() else {
-                // Between two boots; what is typed now is lost, as on hardware.
-                return;
-            };
+            // Before the machine runs, and between two boots, input waits.
+            let Some(r) = self.wait_running() else { return };
             let taken = r.pc.push_input(bytes);
             bytes = bytes.get(taken..).unwrap_or_default();
             if !bytes.is_empty() {
@@ -90,8 +114,8 @@ impl Session {
 
     /// Prints exit statistics of the machine that runs now.
     pub fn print_stats(&self) {
-        if let Some(stats) = self.running().and_then(|r| r.handle.stats(0)) {
-            eprint!("\n{stats}");
+        if let Some(r) = self.running() {
+            r.print_stats();
         }
     }
 
