@@ -20,6 +20,8 @@ mod divide;
 mod features;
 mod masked;
 mod simple;
+#[cfg(test)]
+mod tests;
 mod x87;
 mod xsave;
 
@@ -653,3 +655,8 @@ impl Cpu {
 
 /// Keeps the handler type in the signature of what [`install`] assigns.
 const _: Handler = registers::<0>;
+
+#[cfg(test)]
+fn host_can_avx() -> bool {
+    class::avx_offered()
+}

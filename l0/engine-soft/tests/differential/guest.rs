@@ -62,8 +62,8 @@ fn paging(memory: &MachineMemory) {
     write(PD, CODE >> 21 & 511, PT_CODE | TABLE);
     let pt = |address: u64| address >> 12 & 511;
     write(PT_DATA, pt(DATA), DATA_PAGES | TABLE);
-    write(PT_DATA, pt(DATA + 0x1000), DATA_PAGES + 0x1000 | TABLE);
-    write(PT_DATA, pt(READ_ONLY), DATA_PAGES + 0x2000 | 0x65);
+    write(PT_DATA, pt(DATA + 0x1000), (DATA_PAGES + 0x1000) | TABLE);
+    write(PT_DATA, pt(READ_ONLY), (DATA_PAGES + 0x2000) | 0x65);
     // The host maps the code page writable and executable too.
     write(PT_CODE, pt(CODE), CODE_PAGE | TABLE);
 }

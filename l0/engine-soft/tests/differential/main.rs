@@ -211,6 +211,8 @@ fn early_state(s: &Sample, end: End, state: &mut State, before: &State) {
 /// The end as far as the SDM defines it.
 fn comparable(s: &Sample, end: End) -> End {
     match end {
+        // Misaligned and not canonical: which comes first is not said.
+        End::Fault(12, ..) if s.instruction.mnemonic() == Mnemonic::Cmpxchg16b => End::Fault(13, 0, 0),
         // The upper half is the host's kernel, present or not.
         End::Fault(14, code, address) if address >> 63 != 0 => End::Fault(14, code & !1, address),
         // These span two pages that fault.
