@@ -89,7 +89,7 @@ fn sha256_constants() -> [u32; 64] {
     let mut n = 1u128;
     for slot in &mut k {
         n += 1;
-        while (2..n).any(|d| n % d == 0) {
+        while (2..n).any(|d| n.is_multiple_of(d)) {
             n += 1;
         }
         // floor(cbrt(n) * 2^32), by bisection on integers.

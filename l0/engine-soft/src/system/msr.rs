@@ -23,8 +23,9 @@ const IA32_TSC: u32 = 0x10;
 const IA32_DEBUGCTL: u32 = 0x1d9;
 /// IA32_DEBUGCTL bits that can be set: LBR is accepted, and no branch is ever recorded.
 const DEBUGCTL_BITS: u64 = 1;
-/// IA32_SPEC_CTRL bits that can be set: IBRS, STIBP, SSBD.
-const SPEC_CTRL_BITS: u64 = 7;
+/// IA32_SPEC_CTRL bits that can be set: IBRS, STIBP, SSBD, BHI_DIS_S. Nothing here speculates on
+/// the guest's behalf, so each is in force whatever its value.
+const SPEC_CTRL_BITS: u64 = 7 | 1 << 10;
 
 /// Whether an access to `msr` exits.
 fn exits(cpu: &Cpu, msr: u32, write: bool) -> bool {

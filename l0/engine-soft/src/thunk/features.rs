@@ -18,8 +18,10 @@ const fn set<const N: usize>(bits: [u32; N]) -> u32 {
 pub fn supported_features(leaf: u32, subleaf: u32) -> [u32; 4] {
     match (leaf, subleaf) {
         (1, _) => [0, 0, leaf1_ecx(), LEAF1_EDX],
-        (7, 0) => [1, leaf7_ebx(), leaf7_ecx(), LEAF7_EDX],
+        (7, 0) => [2, leaf7_ebx(), leaf7_ecx(), LEAF7_EDX],
         (7, 1) => [if avx_offered() { host_cpuid(7, 1)[0] & set([4]) } else { 0 }, 0, 0, 0],
+        // BHI_CTRL.
+        (7, 2) => [0, 0, 0, set([4])],
         // XSAVEOPT, XSAVEC, XGETBV with ECX = 1, XSAVES.
         (0xd, 1) => [set([0, 1, 2, 3]), 0, 0, 0],
         // XCR0: x87, SSE and, where the host has it, AVX.

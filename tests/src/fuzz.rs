@@ -1,0 +1,252 @@
+//! Entry points for fuzzing: each takes any bytes and must neither panic nor run without bound.
+//!
+//! The fuzz targets in `fuzz/` and the bounded runs in this crate's tests share them.
+
+use std::sync::Arc;
+
+use engine::{Engine, EngineVmcs, ExitBus, GuestRegs, Segment, Vcpu, VmExit};
+use engine_soft::SoftEngine;
+use machine::boot::{self, BootEntry, BootFile, BootRequest};
+use memory::{Gpa, L1Gpa, L1Ram, MachineAddr, MachineMemory, RamLayout};
+use x86_spec::controls::{EntryControls, ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
+use x86_spec::ept;
+use x86_spec::exit::ExitReason;
+use x86_spec::reg::{cr0, cr4, dr, efer, rflags};
+use x86_spec::segment::{AccessRights, seg};
+
+/// Guest memory: small, so that random addresses often hit it.
+const RAM: u64 = 2 << 20;
+const MACHINE: u64 = 4 << 20;
+const EPT_ROOT: u64 = RAM;
+const TABLES: u64 = 0x10_0000;
+const CODE: u64 = 0x8000;
+/// Preemption-timer ticks that one entry may take.
+const TICKS: u32 = 20_000;
+const MAX_EXITS: usize = 64;
+
+/// Reads numbers off the input; zeros when it is used up.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn u64(&mut self) -> u64 {
+        let mut b = [0; 8];
+        let n = self.0.len().min(8);
+        b[..n].copy_from_slice(&self.0[..n]);
+        self.0 = &self.0[n..];
+        u64::from_le_bytes(b)
+    }
+    fn u8(&mut self) -> u8 {
+        let Some((b, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *b
+    }
+    /// An address, a small number, or anything.
+    fn value(&mut self) -> u64 {
+        let v = self.u64();
+        match v & 3 {
+            0 => (v >> 8) % RAM,
+            1 => (v >> 8) & 0xff,
+            2 => (v >> 2) | 0xffff_8000_0000_0000,
+            _ => v,
+        }
+    }
+}
+
+/// Devices that answer with noise.
+struct Noise(u64);
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        self.0 >> 16
+    }
+}
+impl ExitBus for Noise {
+    fn mmio_read(&mut self, _: Gpa, _: u8) -> u64 {
+        self.next()
+    }
+    fn mmio_write(&mut self, _: Gpa, _: u8, _: u64) {}
+    fn pio_read(&mut self, _: u16, _: u8) -> u32 {
+        self.next() as u32
+    }
+    fn pio_write(&mut self, _: u16, _: u8, _: u32) {}
+}
+
+/// Writes an entry of a table that lies inside memory by construction.
+fn entry(memory: &MachineMemory, table: u64, index: u64, value: u64) {
+    memory.write_u64(MachineAddr(table + index * 8), value).expect("inside memory");
+}
+
+/// Identity tables for long mode (and, from the third on, PAE), and EPT01 with a device page at the
+/// end of the first MiB.
+fn build_tables(memory: &MachineMemory) {
+    entry(memory, TABLES, 0, (TABLES + 0x1000) | 7);
+    entry(memory, TABLES + 0x1000, 0, (TABLES + 0x2000) | 7);
+    entry(memory, TABLES + 0x2000, 0, (TABLES + 0x3000) | 7);
+    for page in 0..512 {
+        entry(memory, TABLES + 0x3000, page, page << 12 | 7);
+        let leaf = page << 12 | ept::RWX | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT;
+        entry(memory, EPT_ROOT + 0x3000, page, if page == 0xff { 0 } else { leaf });
+    }
+    for level in 0..3 {
+        entry(memory, EPT_ROOT + level * 0x1000, 0, (EPT_ROOT + (level + 1) * 0x1000) | ept::RWX);
+    }
+}
+
+fn segment(selector: u16, access: u32) -> Segment {
+    Segment { base: 0, limit: 0xffff_ffff, access: AccessRights(access), selector }
+}
+
+/// Guest state for one of the modes: real, protected 16- and 32-bit, PAE, 64-bit, each at
+/// either privilege where it has one.
+fn guest_state(vmcs: &mut EngineVmcs, mode: u8) {
+    let g = &mut vmcs.guest;
+    g.rip = CODE;
+    g.rsp = 0x7000;
+    g.cr0 = cr0::ET | cr0::NE;
+    g.cr3 = TABLES;
+    (g.gdtr.base, g.idtr.base) = (0x1000, 0x2000);
+    let user = mode & 8 != 0;
+    let (dpl, rpl) = if user { (0x60, 3) } else { (0, 0) };
+    match mode & 7 {
+        0 => {
+            g.segments[seg::CS].base = 0;
+            g.segments[seg::CS].selector = 0;
+            return;
+        }
+        1 | 2 => g.cr0 |= cr0::PE,
+        3 => {
+            g.cr0 |= cr0::PE | cr0::PG;
+            g.cr4 |= cr4::PAE;
+            g.cr3 = TABLES + 0x1000;
+            g.pdptes[0] = (TABLES + 0x2000) | 1;
+        }
+        _ => {
+            g.cr0 |= cr0::PE | cr0::PG | cr0::WP;
+            g.cr4 |= cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+            g.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
+            vmcs.controls.entry |= EntryControls::IA32E_MODE_GUEST;
+        }
+    }
+    let g = &mut vmcs.guest;
+    let code = match mode & 7 {
+        1 => 0x809b,
+        2 | 3 => 0xc09b,
+        _ => 0xa09b,
+    };
+    g.segments = [segment(0x10 | rpl, 0xc093 | dpl); 8];
+    g.segments[seg::CS] = segment(8 | rpl, code | dpl);
+    g.segments[seg::LDTR] = segment(0, 0x1_0000);
+    g.segments[seg::TR] = Segment { base: 0x3000, limit: 0x67, access: AccessRights(0x8b), selector: 0x18 };
+}
+
+/// Runs the input as code from a state that its first bytes choose, on the software engine, with
+/// noise for devices, for a bounded number of exits and a bounded time each.
+pub fn cpu(data: &[u8]) {
+    let mut b = Bytes(data);
+    let memory = Arc::new(MachineMemory::new(MACHINE).expect("4 MiB of memory"));
+    let engine = SoftEngine::new(memory.clone()).expect("a host that runs the software engine");
+    let mut vcpu = engine.create_vcpu().expect("a vCPU");
+    build_tables(&memory);
+    let mut vmcs = EngineVmcs::default();
+    let c = &mut vmcs.controls;
+    c.pin = PinbasedControls::EXTERNAL_INTERRUPT_EXITING | PinbasedControls::VMX_PREEMPTION_TIMER;
+    c.primary = PrimaryControls::HLT_EXITING
+        | PrimaryControls::UNCOND_IO_EXITING
+        | PrimaryControls::MWAIT_EXITING
+        | PrimaryControls::SECONDARY_CONTROLS;
+    c.secondary = SecondaryControls::ENABLE_EPT
+        | SecondaryControls::UNRESTRICTED_GUEST
+        | SecondaryControls::ENABLE_RDTSCP
+        | SecondaryControls::ENABLE_INVPCID
+        | SecondaryControls::ENABLE_XSAVES_XRSTORS;
+    c.entry =
+        EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_IA32_EFER | EntryControls::LOAD_IA32_PAT;
+    c.exit = ExitControls::SAVE_DEBUG_CONTROLS | ExitControls::SAVE_IA32_EFER | ExitControls::SAVE_IA32_PAT;
+    c.eptp = ept::eptp(EPT_ROOT, false);
+    c.exception_bitmap = if b.u8() & 1 != 0 { u32::MAX } else { 0 };
+    guest_state(&mut vmcs, b.u8());
+    let mut regs = GuestRegs::reset();
+    regs.xcr0 = 7;
+    regs.gpr = std::array::from_fn(|_| b.value());
+    let g = &mut vmcs.guest;
+    g.rflags = b.u64() & (rflags::STATUS | rflags::DF | rflags::TF | rflags::IF) | rflags::FIXED1;
+    if b.u8() & 7 == 0 {
+        g.dr7 = b.u64() & 0xffff_03ff | dr::DR7_FIXED1;
+        regs.dr = std::array::from_fn(|_| b.value());
+    }
+    // The rest is code, and what it finds in memory: tables for interrupts among it.
+    let code = b.0;
+    for at in [CODE, 0x1000, 0x2000, 0x3000] {
+        let len = code.len().min(0x1000);
+        memory.write(MachineAddr(at), &code[..len]).expect("inside memory");
+    }
+    run(&mut vcpu, &mut vmcs, &mut regs);
+}
+
+/// Enters until the guest can't go on or has had its share.
+fn run(vcpu: &mut impl Vcpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
+    let mut noise = Noise(1);
+    for _ in 0..MAX_EXITS {
+        vmcs.guest.preemption_timer = TICKS;
+        let long = vmcs.guest.efer & efer::LMA != 0;
+        vmcs.controls.entry.set(EntryControls::IA32E_MODE_GUEST, long);
+        let exit = vcpu.enter(vmcs, regs);
+        if exit.entry_failure || !go_on(vcpu, vmcs, regs, &exit, &mut noise) {
+            return;
+        }
+    }
+}
+
+fn go_on(
+    vcpu: &mut impl Vcpu,
+    vmcs: &mut EngineVmcs,
+    regs: &mut GuestRegs,
+    exit: &VmExit,
+    noise: &mut Noise,
+) -> bool {
+    match exit.reason {
+        ExitReason::TripleFault | ExitReason::PreemptionTimer | ExitReason::TaskSwitch => false,
+        ExitReason::EptViolation | ExitReason::IoInstruction => match vcpu.emulate(vmcs, regs, noise) {
+            None => true,
+            Some(again) => !matches!(again.reason, ExitReason::EptViolation | ExitReason::IoInstruction),
+        },
+        ExitReason::EptMisconfiguration => false,
+        _ => {
+            vmcs.guest.rip = vmcs.guest.rip.wrapping_add(exit.instruction_length.into());
+            if vmcs.guest.efer & efer::LMA == 0 {
+                vmcs.guest.rip &= 0xffff_ffff;
+            }
+            exit.instruction_length != 0
+        }
+    }
+}
+
+/// Gives the input to every boot loader as a kernel with an initrd of its last bytes.
+pub fn boot_loaders(data: &[u8]) {
+    let memory = Arc::new(MachineMemory::new(64 << 20).expect("64 MiB of memory"));
+    let ram = L1Ram::new(memory, RamLayout::new(64 << 20)).expect("RAM inside memory");
+    let kernel = BootFile { name: "fuzz".into(), data: data.to_vec() };
+    let initrd = BootFile { name: "initrd".into(), data: data[data.len() / 2..].to_vec() };
+    for entry in [BootEntry::Auto, BootEntry::Pvh, BootEntry::Decompressor] {
+        let request = BootRequest {
+            kernel: &kernel,
+            initrd: Some(&initrd),
+            modules: &[],
+            command_line: Some("fuzz"),
+            acpi: &[],
+            rsdp: L1Gpa(0),
+            entry,
+        };
+        // Any error will do; none may be a panic.
+        let _ = boot::load(&ram, &request);
+    }
+}
+
+/// Gives the input to the image reader as a file.
+pub fn image(data: &[u8]) {
+    use std::io::Write;
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(data).expect("a writable temporary file");
+    let _ = machine::image::open(file.path(), None, 16 << 20);
+    let _ = machine::image::read_disk(file.path());
+}

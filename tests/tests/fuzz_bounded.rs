@@ -1,0 +1,55 @@
+//! Bounded runs of the fuzz targets' entry points with fixed seeds.
+
+use tests::fuzz;
+
+/// A fixed sequence of pseudo-random bytes (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| (self.next() >> 56) as u8).collect()
+    }
+}
+
+/// Random code from random states in every mode: L0's engine survives all of it. Opcodes of
+/// the 0F map come often, because there the system instructions are.
+#[test]
+fn random_code_in_every_mode() {
+    let mut r = Random(0x6e65_7374_766d_6d21);
+    for round in 0..6000u32 {
+        let mut data = r.bytes(400);
+        data[1] = round as u8 & 15;
+        for i in (160..data.len()).step_by(7) {
+            if r.next() & 3 == 0 {
+                data[i] = 0x0f;
+            }
+        }
+        fuzz::cpu(&data);
+    }
+}
+
+/// Damaged kernels of every format: an error, never a panic.
+#[test]
+fn random_kernels() {
+    let mut r = Random(1);
+    let heads: [&[u8]; 4] =
+        [b"\x7fELF\x02\x01\x01", b"MZ", &0x1bad_b002u32.to_le_bytes(), b"\x1f\x8b\x08\x00"];
+    for round in 0..400usize {
+        let len = 64 + (r.next() % 4096) as usize;
+        let mut data = r.bytes(len);
+        let head = heads[round % 4];
+        data[..head.len()].copy_from_slice(head);
+        if round % 2 == 0 && data.len() > 0x210 {
+            data[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+            data[0x202..0x206].copy_from_slice(b"HdrS");
+        }
+        fuzz::boot_loaders(&data);
+        fuzz::image(&data);
+    }
+}
