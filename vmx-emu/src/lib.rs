@@ -4,9 +4,19 @@
 //! through small traits that the hypervisor implements.
 
 pub mod capabilities;
+pub mod explain;
 pub mod fields;
+pub mod instructions;
+pub mod l1;
+pub mod operand;
+pub mod state;
 pub mod vmcs12;
+pub mod vmcs_page;
 
-pub use capabilities::Capabilities;
+pub use capabilities::{Capabilities, FeatureControl, L1Cpu};
+pub use explain::InstructionError;
 pub use fields::{Access, Field, FieldSet, FieldType, OperandSize, Width};
-pub use vmcs12::{LaunchState, Vmcs12};
+pub use instructions::{EntryKind, Invalidation, Outcome};
+pub use l1::{Fault, L1};
+pub use state::{Operation, VmResult, VmxState};
+pub use vmcs12::{LaunchState, Vmcs12, shadow_layout};

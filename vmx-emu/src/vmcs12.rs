@@ -16,9 +16,11 @@
 //! width, and a region without the signature counts as one with all fields zero.
 
 use engine::{DescriptorTable, Segment};
+use memory::L1Gpa;
 use x86_spec::segment::AccessRights;
 
 use crate::fields::{Access, Field, FieldSet, GUEST_SEGMENTS, OperandSize};
+use crate::l1::L1;
 
 /// Size of a VMCS region in bytes.
 pub const REGION_SIZE: usize = 4096;
@@ -35,7 +37,9 @@ const SIGNATURE_OFFSET: usize = 8;
 const LAUNCH_STATE_OFFSET: usize = 16;
 const VALUES_OFFSET: usize = 64;
 
-const _: () = assert!(VALUES_OFFSET + 8 * Field::COUNT <= REGION_SIZE);
+/// Bytes of a region that the layout uses.
+const USED: usize = VALUES_OFFSET + 8 * Field::COUNT;
+const _: () = assert!(USED <= REGION_SIZE);
 
 /// Offset of a field in the region.
 pub const fn offset(field: Field) -> usize {
@@ -169,6 +173,13 @@ impl Vmcs12 {
         }
     }
 
+    /// Writes it to its region in L1's memory.
+    pub(crate) fn write_region<T: L1 + ?Sized>(&self, l1: &mut T, pointer: L1Gpa) {
+        let mut region = [0; USED];
+        self.to_region(&mut region);
+        l1.write_physical(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
+    }
+
     /// Copies `fields` to a page with the layout of a region: a shadow VMCS that an engine
     /// reads and writes on L1's behalf.
     pub fn store_fields(&self, fields: &FieldSet, page: &mut [u8]) {
@@ -205,6 +216,14 @@ pub fn clear_region(region: &mut [u8]) {
     } else {
         Vmcs12::default().to_region(region);
     }
+}
+
+/// VMCLEAR of the region at `pointer`, which is not cached.
+pub(crate) fn clear_in_memory<T: L1 + ?Sized>(l1: &mut T, pointer: L1Gpa) {
+    let mut region = [0; USED];
+    l1.read_physical(pointer, &mut region);
+    clear_region(&mut region);
+    l1.write_physical(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
 }
 
 /// Where a field is in a region.

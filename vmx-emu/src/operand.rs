@@ -1,0 +1,177 @@
+//! Operands of VMX instructions, from what the VM exit says of them (SDM Vol. 3C §28.2.5,
+//! tables 28-13 and 28-14; the displacement is the exit qualification, §28.2.1).
+//!
+//! Segmentation is checked as the processor would (SDM Vol. 3A chapter 6, and the exception
+//! lists in Vol. 3D chapter 31). Not here: paging, which [`L1`] does, and alignment checks,
+//! which do not apply at CPL 0.
+
+use engine::{Segment, VmExit};
+use x86_spec::segment::seg;
+
+use crate::l1::{Fault, L1, L1Ext};
+
+/// Size of an address in bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressSize {
+    /// 16 bits.
+    Bits16,
+    /// 32 bits.
+    Bits32,
+    /// 64 bits.
+    Bits64,
+}
+
+impl AddressSize {
+    const fn mask(self) -> u64 {
+        match self {
+            Self::Bits16 => 0xffff,
+            Self::Bits32 => 0xffff_ffff,
+            Self::Bits64 => u64::MAX,
+        }
+    }
+}
+
+/// VM-exit instruction information for VMREAD, VMWRITE, VMCLEAR, VMPTRLD, VMPTRST, VMXON,
+/// INVEPT and INVVPID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InstructionInfo(pub u32);
+
+impl InstructionInfo {
+    /// Scaling of the index: its shift count (bits 1:0).
+    pub const fn scale(self) -> u32 {
+        self.0 & 3
+    }
+    /// The register operand, where there is no memory operand (bits 6:3).
+    pub const fn reg1(self) -> usize {
+        (self.0 >> 3 & 15) as usize
+    }
+    /// Address size (bits 9:7). Values above 2 are not defined; they count as 2.
+    pub const fn address_size(self) -> AddressSize {
+        match self.0 >> 7 & 7 {
+            0 => AddressSize::Bits16,
+            1 => AddressSize::Bits32,
+            _ => AddressSize::Bits64,
+        }
+    }
+    /// The operand is a register (bit 10).
+    pub const fn is_register(self) -> bool {
+        self.0 >> 10 & 1 != 0
+    }
+    /// Segment register (bits 17:15). 6 and 7 are not defined; they count as DS.
+    pub const fn segment(self) -> usize {
+        let s = (self.0 >> 15 & 7) as usize;
+        if s > seg::GS { seg::DS } else { s }
+    }
+    /// Index register (bits 21:18), unless bit 22 says there is none.
+    pub const fn index(self) -> Option<usize> {
+        if self.0 >> 22 & 1 != 0 { None } else { Some((self.0 >> 18 & 15) as usize) }
+    }
+    /// Base register (bits 26:23), unless bit 27 says there is none.
+    pub const fn base(self) -> Option<usize> {
+        if self.0 >> 27 & 1 != 0 { None } else { Some((self.0 >> 23 & 15) as usize) }
+    }
+    /// The second register operand (bits 31:28).
+    pub const fn reg2(self) -> usize {
+        (self.0 >> 28) as usize
+    }
+}
+
+/// How memory is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryAccess {
+    /// It is read.
+    Read,
+    /// It is written.
+    Write,
+}
+
+/// The effective address of the memory operand: base + index · scale + displacement, cut to
+/// the address size.
+pub fn effective_address<T: L1 + ?Sized>(l1: &T, exit: &VmExit) -> u64 {
+    let info = InstructionInfo(exit.instruction_info);
+    let register = |r: Option<usize>| r.map_or(0, |r| l1.gpr(r));
+    let address = exit
+        .qualification
+        .wrapping_add(register(info.base()))
+        .wrapping_add(register(info.index()) << info.scale());
+    address & info.address_size().mask()
+}
+
+/// Whether `linear` is canonical with 48 or, where CR4.LA57 is 1, 57 bits (SDM Vol. 1
+/// §3.3.7.1).
+pub const fn is_canonical(linear: u64, cr4: u64) -> bool {
+    let unused = if cr4 & x86_spec::reg::cr4::LA57 != 0 { 7 } else { 16 };
+    ((linear << unused) as i64 >> unused) as u64 == linear
+}
+
+/// The linear address of the memory operand of `size` bytes (at least 1).
+///
+/// # Errors
+/// #GP(0) or #SS(0) by the rules of segmentation.
+pub fn linear_address<T: L1 + ?Sized>(
+    l1: &T,
+    exit: &VmExit,
+    access: MemoryAccess,
+    size: u64,
+) -> Result<u64, Fault> {
+    let register = InstructionInfo(exit.instruction_info).segment();
+    let segment = l1.guest().segments[register];
+    let fault = if register == seg::SS { Fault::SS } else { Fault::GP };
+    let effective = effective_address(l1, exit);
+    let last = size.saturating_sub(1);
+    if l1.is_64bit() {
+        let base = if register >= seg::FS { segment.base } else { 0 };
+        let linear = base.wrapping_add(effective);
+        let canonical = |a: u64| is_canonical(a, l1.cr4());
+        let end = linear.checked_add(last).filter(|end| canonical(linear) && canonical(*end));
+        end.map(|_| linear).ok_or(fault)
+    } else if type_allows(&segment, access) && limit_allows(&segment, effective, last) {
+        Ok(segment.base.wrapping_add(effective) & 0xffff_ffff)
+    } else {
+        Err(fault)
+    }
+}
+
+/// Whether a segment outside 64-bit mode can be accessed so: usable; not written if it is
+/// code or read-only data, not read if it is execute-only code (SDM Vol. 3A §6.7.2).
+fn type_allows(segment: &Segment, access: MemoryAccess) -> bool {
+    let rights = segment.access;
+    let by_type = match access {
+        MemoryAccess::Read => !rights.is_code() || rights.read_write(),
+        MemoryAccess::Write => !rights.is_code() && rights.read_write(),
+    };
+    !rights.unusable() && by_type
+}
+
+/// Whether the bytes from `effective` to `effective + last` lie within the segment's limit
+/// (SDM Vol. 3A §6.3): up to the limit, or above it in an expand-down segment.
+fn limit_allows(segment: &Segment, effective: u64, last: u64) -> bool {
+    let limit = segment.limit as u64;
+    let Some(end) = effective.checked_add(last) else { return false };
+    if segment.access.expand_down() {
+        let top = if segment.access.db() { 0xffff_ffff } else { 0xffff };
+        effective > limit && end <= top
+    } else {
+        end <= limit
+    }
+}
+
+/// Reads the memory operand.
+///
+/// # Errors
+/// The exception that the access raises.
+pub fn read<T: L1 + ?Sized, const N: usize>(l1: &mut T, exit: &VmExit) -> Result<[u8; N], Fault> {
+    let linear = linear_address(l1, exit, MemoryAccess::Read, N as u64)?;
+    let mut buf = [0; N];
+    l1.read_linear(linear, &mut buf)?;
+    Ok(buf)
+}
+
+/// Writes the memory operand.
+///
+/// # Errors
+/// The exception that the access raises; nothing was written then.
+pub fn write<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: &[u8]) -> Result<(), Fault> {
+    let linear = linear_address(l1, exit, MemoryAccess::Write, value.len() as u64)?;
+    l1.write_linear(linear, value)
+}
