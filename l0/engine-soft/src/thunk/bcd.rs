@@ -1,4 +1,4 @@
-//! Decimal adjustments (SDM Vol. 2A): 64-bit hosts can't execute them. Flags that the SDM
+//! Decimal adjustments (SDM Vol. 2A) and SALC: 64-bit hosts can't execute them. Flags that the SDM
 //! leaves undefined are computed from the result.
 
 use iced_x86::{Instruction, Mnemonic};
@@ -18,6 +18,7 @@ pub(super) fn function(i: &Instruction) -> Option<SimpleFn> {
         Mnemonic::Aas => aas,
         Mnemonic::Daa => daa,
         Mnemonic::Das => das,
+        Mnemonic::Salc => salc,
         _ => return None,
     })
 }
@@ -79,6 +80,13 @@ fn aas(cpu: &mut Cpu, _: &Instruction) -> Exec {
     let value = if adjust { ax(cpu).wrapping_sub(0x106) } else { ax(cpu) } & 0xff0f;
     set_ax(cpu, value);
     cpu.set_status_flags(result_flags(value as u8) | when(adjust, AF | CF));
+    Ok(())
+}
+
+/// SALC: AL becomes the carry flag in all bits. Not in the SDM, but every processor has it.
+fn salc(cpu: &mut Cpu, _: &Instruction) -> Exec {
+    let al = if cpu.cf() { 0xff } else { 0 };
+    set_ax(cpu, ax(cpu) & 0xff00 | al);
     Ok(())
 }
 

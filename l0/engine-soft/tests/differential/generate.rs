@@ -8,14 +8,19 @@ use iced_x86::{
 use crate::layout::{DATA, INSTRUCTION, READ_ONLY};
 use crate::state::{Data, State};
 
-/// SplitMix64.
-pub struct Random(pub u64);
+/// SplitMix64, and the mode to make instructions for.
+pub struct Random {
+    /// State.
+    pub seed: u64,
+    /// 64 or 32.
+    pub bits: u32,
+}
 
 impl Random {
     /// 64 random bits.
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.seed;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ z >> 31
@@ -27,6 +32,10 @@ impl Random {
     /// True once in `n`.
     pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
+    }
+    /// A register number that the mode has.
+    fn register(&mut self) -> u64 {
+        self.below(if self.bits == 64 { 16 } else { 8 })
     }
     /// One of `items`.
     pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
@@ -85,10 +94,10 @@ fn feature_included(f: &F) -> bool {
 }
 
 /// Whether the instruction is one of user mode that gives the same result wherever it runs.
-pub fn included(code: Code) -> bool {
+pub fn included(code: Code, bits: u32) -> bool {
     let op = code.op_code();
     op.is_instruction()
-        && op.mode64()
+        && (if bits == 64 { op.mode64() } else { op.mode32() })
         && matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && code.cpuid_features().iter().all(feature_included)
         && code.flow_control() == FlowControl::Next
@@ -135,9 +144,12 @@ fn excluded(code: Code) -> bool {
                 | M::Fstsg
                 | M::Frstpm
                 | M::Enter
+                | M::Arpl
+                | M::Bound
+                | M::Lds
+                | M::Les
                 | M::Ud0
                 | M::Ud1
-                // Undefined when the count exceeds the operand; compared by the others.
                 | M::INVALID
         )
 }
@@ -163,31 +175,42 @@ pub struct Sample {
     pub undefined: u64,
 }
 
+/// FS and GS can't be used by 32-bit code in a 64-bit process; CS isn't writable.
+const PREFIXES_32: [Register; 3] = [Register::ES, Register::SS, Register::DS];
+
 fn gpr(r: &mut Random, log: usize) -> Register {
     if log == 0 && r.one_in(4) {
         return r.pick(&[Register::AH, Register::CH, Register::DH, Register::BH]);
     }
-    GPR[log][r.below(16) as usize]
+    let n = r.register() as usize;
+    // Without REX there are no byte registers 4 to 7.
+    GPR[log][if r.bits == 32 && log == 0 { n & 3 } else { n }]
 }
 
 fn memory(r: &mut Random, i: &mut Instruction, vsib: Option<Register>) {
-    let wide = !r.one_in(12);
+    if r.bits == 32 && vsib.is_none() && r.one_in(12) {
+        i.set_memory_base(r.pick(&[Register::BX, Register::SI, Register::DI, Register::BP]));
+        i.set_memory_displ_size(2);
+        i.set_memory_displacement64(r.below(0x10000));
+        return;
+    }
+    let wide = r.bits == 64 && !r.one_in(12);
     let row = if wide { 3 } else { 2 };
-    if vsib.is_none() && r.one_in(8) {
+    if r.bits == 64 && vsib.is_none() && r.one_in(8) {
         i.set_memory_base(Register::RIP);
         i.set_memory_displ_size(8);
         i.set_memory_displacement64(address(r, 64));
         return;
     }
-    let base = r.below(16) as usize;
+    let base = r.register() as usize;
     i.set_memory_base(GPR[row][base]);
     match vsib {
         Some(first) => {
-            i.set_memory_index(first + r.below(16) as u32);
+            i.set_memory_index(first + r.register() as u32);
             i.set_memory_index_scale(1 << r.below(4));
         }
         None if r.one_in(3) => {
-            let index = r.below(16) as usize;
+            let index = r.register() as usize;
             if index != 4 && index != base {
                 i.set_memory_index(GPR[row][index]);
                 i.set_memory_index_scale(1 << r.below(4));
@@ -208,7 +231,11 @@ fn memory(r: &mut Random, i: &mut Instruction, vsib: Option<Register>) {
         }
     }
     if r.one_in(10) {
-        i.set_segment_prefix(r.pick(&[Register::GS, Register::CS, Register::SS, Register::DS]));
+        i.set_segment_prefix(r.pick(if r.bits == 64 {
+            &[Register::GS, Register::CS, Register::SS, Register::DS]
+        } else {
+            &PREFIXES_32
+        }));
     }
 }
 
@@ -223,8 +250,8 @@ pub fn sample(r: &mut Random, code: Code) -> Option<Sample> {
             i.set_op_kind(n, OpKind::Register);
             i.set_op_register(n, r);
         };
-        let xmm = |r: &mut Random| Register::XMM0 + r.below(16) as u32;
-        let ymm = |r: &mut Random| Register::YMM0 + r.below(16) as u32;
+        let xmm = |r: &mut Random| Register::XMM0 + r.register() as u32;
+        let ymm = |r: &mut Random| Register::YMM0 + r.register() as u32;
         let mm = |r: &mut Random| Register::MM0 + r.below(8) as u32;
         match op.op_kind(n) {
             K::r8_or_mem if as_register => register(&mut i, gpr(r, 0)),
@@ -255,7 +282,7 @@ pub fn sample(r: &mut Random, code: Code) -> Option<Sample> {
             }
             K::mem_offs => {
                 i.set_op_kind(n, OpKind::Memory);
-                i.set_memory_displ_size(8);
+                i.set_memory_displ_size(r.bits / 8);
                 i.set_memory_displacement64(address(r, 8));
             }
             K::r8_reg | K::r8_opcode => register(&mut i, gpr(r, 0)),
@@ -309,12 +336,15 @@ pub fn sample(r: &mut Random, code: Code) -> Option<Sample> {
                 i.set_op_kind(n, OpKind::Immediate64);
                 i.set_immediate64(r.next());
             }
+            K::seg_rSI if r.bits == 32 => i.set_op_kind(n, OpKind::MemorySegESI),
+            K::es_rDI if r.bits == 32 => i.set_op_kind(n, OpKind::MemoryESEDI),
+            K::seg_rDI if r.bits == 32 => i.set_op_kind(n, OpKind::MemorySegEDI),
             K::seg_rSI => i.set_op_kind(n, OpKind::MemorySegRSI),
             K::es_rDI => i.set_op_kind(n, OpKind::MemoryESRDI),
             K::seg_rDI => i.set_op_kind(n, OpKind::MemorySegRDI),
             K::seg_rBX_al => {
                 i.set_op_kind(n, OpKind::Memory);
-                i.set_memory_base(Register::RBX);
+                i.set_memory_base(if r.bits == 64 { Register::RBX } else { Register::EBX });
                 i.set_memory_index(Register::AL);
             }
             _ => return None,
@@ -330,10 +360,10 @@ pub fn sample(r: &mut Random, code: Code) -> Option<Sample> {
             i.set_has_repne_prefix(true);
         }
     }
-    let mut encoder = Encoder::new(64);
+    let mut encoder = Encoder::new(r.bits);
     encoder.encode(&i, INSTRUCTION).ok()?;
     let bytes = encoder.take_buffer();
-    let instruction = Decoder::with_ip(64, &bytes, INSTRUCTION, DecoderOptions::NONE).decode();
+    let instruction = Decoder::with_ip(r.bits, &bytes, INSTRUCTION, DecoderOptions::NONE).decode();
     if instruction.is_invalid() || instruction.len() != bytes.len() {
         return None;
     }
@@ -352,8 +382,17 @@ fn rflags(bits: u32) -> u64 {
 
 /// Whether the instruction uses RSI or RDI as string instructions do.
 pub fn is_string(i: &Instruction) -> bool {
-    (0..i.op_count())
-        .any(|n| matches!(i.op_kind(n), OpKind::MemorySegRSI | OpKind::MemoryESRDI | OpKind::MemorySegRDI))
+    (0..i.op_count()).any(|n| {
+        matches!(
+            i.op_kind(n),
+            OpKind::MemorySegRSI
+                | OpKind::MemoryESRDI
+                | OpKind::MemorySegRDI
+                | OpKind::MemorySegESI
+                | OpKind::MemoryESEDI
+                | OpKind::MemorySegEDI
+        )
+    })
 }
 
 /// An address for an operand of `size` bytes: mostly inside the data, aligned or not, also
@@ -492,6 +531,16 @@ fn index_of(r: Register) -> usize {
 
 /// A random state for the instruction.
 pub fn state(r: &mut Random, s: &Sample) -> State {
+    let mut state = wide_state(r, s);
+    if r.bits == 32 {
+        state.gpr.iter_mut().for_each(|v| *v = *v as u32 as u64);
+        state.gpr[8..].fill(0);
+        state.vectors[8..].fill([0; 4]);
+    }
+    state
+}
+
+fn wide_state(r: &mut Random, s: &Sample) -> State {
     let i = &s.instruction;
     let mut state = State {
         gpr: std::array::from_fn(|_| integer(r)),

@@ -1,4 +1,4 @@
-//! Executes one instruction in the engine, in 64-bit mode at CPL 3.
+//! Executes one instruction in the engine, in 64-bit or compatibility mode at CPL 3.
 
 use std::sync::Arc;
 
@@ -119,12 +119,16 @@ fn controls(caps: &x86_spec::caps::VmxCapabilities) -> Controls {
 
 impl Guest {
     /// A vCPU with the layout's pages.
-    pub fn new() -> Self {
+    pub fn new(bits: u32) -> Self {
         let memory = Arc::new(MachineMemory::new(0x40000).unwrap());
         paging(&memory);
         let engine = SoftEngine::new(memory.clone()).unwrap();
         let vcpu = engine.create_vcpu().unwrap();
         let vmcs = EngineVmcs { guest: guest_state(), controls: controls(engine.capabilities()) };
+        let mut vmcs = vmcs;
+        if bits == 32 {
+            vmcs.guest.segments[seg::CS] = segment(0xc0fb, 0x23);
+        }
         let mut regs = GuestRegs::reset();
         regs.xcr0 = 7;
         Self { memory, vcpu, vmcs, regs, _engine: engine }
@@ -173,6 +177,9 @@ impl Guest {
         let r = &mut self.regs;
         state.gpr = r.gpr;
         state.gpr[gpr::RSP] = self.vmcs.guest.rsp;
+        if !self.vmcs.guest.segments[seg::CS].access.long() {
+            state.gpr.iter_mut().for_each(|v| *v = *v as u32 as u64);
+        }
         state.rflags = self.vmcs.guest.rflags & crate::FLAGS;
         state.vectors = r.fpu.vectors;
         state.x87.copy_from_slice(&r.fpu.x87.0[..160]);

@@ -23,6 +23,9 @@ struct Block {
     address: u64,
     rip: u64,
     host_mxcsr: u64,
+    target: [u8; 8],
+    data_segment: u64,
+    null_segment: u64,
     fx_in: Fx,
     fx_out: Fx,
     ymm_in: [[u64; 4]; 16],
@@ -39,6 +42,7 @@ const NO_TRAP: u64 = u64::MAX;
 /// fixed addresses and signal handlers.
 pub struct Native {
     entry: extern "C" fn(),
+    bits: u32,
     _only: MutexGuard<'static, ()>,
 }
 
@@ -100,7 +104,7 @@ impl Assembler {
     }
 }
 
-fn entry_code() -> Vec<u8> {
+fn entry_code(bits: u32) -> Vec<u8> {
     let mut a = Assembler::new(STUB);
     for r in PRESERVED {
         a.emit(Instruction::with1(Code::Push_r64, r));
@@ -111,12 +115,21 @@ fn entry_code() -> Vec<u8> {
         let r = Register::YMM0 + n as u32;
         a.emit(Instruction::with2(Code::VEX_Vmovups_ymm_ymmm256, r, field!(ymm_in, n, 32)));
     }
+    if bits == 32 {
+        for r in [Register::DS, Register::ES] {
+            a.emit(Instruction::with2(Code::Mov_Sreg_rm16, r, field!(data_segment)));
+        }
+    }
     a.emit(Instruction::with1(Code::Push_rm64, field!(rflags_in)));
     a.emit(Ok(Instruction::with(Code::Popfq)));
     for (n, r) in GPR.into_iter().enumerate() {
         a.emit(Instruction::with2(Code::Mov_r64_rm64, r, field!(gpr_in, n, 8)));
     }
-    a.emit(Instruction::with_branch(Code::Jmp_rel32_64, INSTRUCTION));
+    a.emit(if bits == 32 {
+        Instruction::with1(Code::Jmp_m1632, field!(target))
+    } else {
+        Instruction::with_branch(Code::Jmp_rel32_64, INSTRUCTION)
+    });
     a.encoder.take_buffer()
 }
 
@@ -128,6 +141,9 @@ fn exit_code(start: u64) -> Vec<u8> {
     a.emit(Instruction::with2(Code::Mov_r64_rm64, Register::RSP, field!(host_rsp)));
     a.emit(Ok(Instruction::with(Code::Pushfq)));
     a.emit(Instruction::with1(Code::Pop_rm64, field!(rflags_out)));
+    for r in [Register::DS, Register::ES] {
+        a.emit(Instruction::with2(Code::Mov_Sreg_rm16, r, field!(null_segment)));
+    }
     a.emit(Ok(Instruction::with(Code::Cld)));
     a.emit(Instruction::with1(Code::Fxsave64_m512byte, field!(fx_out)));
     for n in 0..16 {
@@ -143,6 +159,11 @@ fn exit_code(start: u64) -> Vec<u8> {
     a.emit(Ok(Instruction::with(Code::Retnq)));
     a.encoder.take_buffer()
 }
+
+/// Linux's selectors for 64- and 32-bit code and for data of user mode.
+const CODE64: i64 = 0x33;
+const CODE32: u8 = 0x23;
+const USER_DATA: u64 = 0x2b;
 
 /// Where the exit stub begins.
 const EXIT: u64 = STUB + 0x800;
@@ -168,6 +189,8 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         (*block).address = g[libc::REG_CR2 as usize] as u64;
         (*block).rip = rip;
         g[libc::REG_RIP as usize] = EXIT as i64;
+        let selectors = &mut g[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | CODE64;
     }
 }
 
@@ -197,7 +220,7 @@ impl Drop for Native {
 
 impl Native {
     /// Maps the fixed addresses and sets the signal handlers.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(bits: u32) -> io::Result<Self> {
         let only = ONLY.lock().unwrap_or_else(|e| e.into_inner());
         const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
         map(DATA, 2, RW)?;
@@ -205,13 +228,17 @@ impl Native {
         map(CODE, 2, RW | libc::PROT_EXEC)?;
         map(BLOCK, 2, RW)?;
         const { assert!(std::mem::size_of::<Block>() <= 2 * PAGE) };
-        let (entry, exit) = (entry_code(), exit_code(EXIT));
+        let (entry, exit) = (entry_code(bits), exit_code(EXIT));
         assert!(entry.len() < 0x800 && exit.len() < 0x800);
         // SAFETY: the mappings were just made; a fresh alternate stack is never freed.
         unsafe {
             ptr::copy_nonoverlapping(entry.as_ptr(), STUB as *mut u8, entry.len());
             ptr::copy_nonoverlapping(exit.as_ptr(), EXIT as *mut u8, exit.len());
-            (*(BLOCK as *mut Block)).host_mxcsr = 0x1f80;
+            let block = &mut *(BLOCK as *mut Block);
+            block.host_mxcsr = 0x1f80;
+            block.target[..4].copy_from_slice(&(INSTRUCTION as u32).to_le_bytes());
+            block.target[4] = CODE32;
+            block.data_segment = USER_DATA;
             libc::mprotect(READ_ONLY as *mut _, PAGE, libc::PROT_READ);
             let stack = Box::leak(vec![0u8; 1 << 18].into_boxed_slice());
             let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
@@ -222,7 +249,11 @@ impl Native {
             for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE] {
                 libc::sigaction(signal, &action, ptr::null_mut());
             }
-            Ok(Self { entry: std::mem::transmute::<usize, extern "C" fn()>(STUB as usize), _only: only })
+            Ok(Self {
+                entry: std::mem::transmute::<usize, extern "C" fn()>(STUB as usize),
+                bits,
+                _only: only,
+            })
         }
     }
 
@@ -231,9 +262,16 @@ impl Native {
     pub fn set_instruction(&mut self, bytes: &[u8]) {
         let mut code = [0xcc; 64];
         code[..bytes.len()].copy_from_slice(bytes);
-        let mut a = Assembler::new(INSTRUCTION + bytes.len() as u64);
-        a.emit(Instruction::with_branch(Code::Jmp_rel32_64, EXIT));
-        let out = a.encoder.take_buffer();
+        let out = if self.bits == 32 {
+            let mut far = vec![0xea];
+            far.extend_from_slice(&(EXIT as u32).to_le_bytes());
+            far.extend_from_slice(&(CODE64 as u16).to_le_bytes());
+            far
+        } else {
+            let mut a = Assembler::new(INSTRUCTION + bytes.len() as u64);
+            a.emit(Instruction::with_branch(Code::Jmp_rel32_64, EXIT));
+            a.encoder.take_buffer()
+        };
         code[bytes.len()..bytes.len() + out.len()].copy_from_slice(&out);
         // SAFETY: the code page is mapped and nothing runs there now.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), INSTRUCTION as *mut u8, code.len()) };
@@ -279,6 +317,11 @@ impl Native {
         // SAFETY: as above; volatile because the stubs wrote behind the compiler's back.
         let block = unsafe { &*std::hint::black_box(BLOCK as *const Block) };
         state.gpr = block.gpr_out;
+        if self.bits == 32 {
+            // The upper halves are undefined (SDM Vol. 1 §3.4.1.1).
+            state.gpr.iter_mut().for_each(|v| *v = *v as u32 as u64);
+            state.gpr[8..].fill(0);
+        }
         state.rflags = block.rflags_out & crate::FLAGS;
         state.x87.copy_from_slice(&block.fx_out.0[..160]);
         state.x87[24..32].fill(0);
