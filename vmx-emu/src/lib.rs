@@ -13,6 +13,9 @@ pub mod state;
 pub mod vmcs12;
 pub mod vmcs_page;
 
+#[cfg(test)]
+mod testing;
+
 pub use capabilities::{Capabilities, FeatureControl, L1Cpu};
 pub use explain::InstructionError;
 pub use fields::{Access, Field, FieldSet, FieldType, OperandSize, Width};

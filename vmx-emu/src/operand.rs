@@ -175,3 +175,133 @@ pub fn write<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: &[u8]) -> Result<
     let linear = linear_address(l1, exit, MemoryAccess::Write, value.len() as u64)?;
     l1.write_linear(linear, value)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Machine;
+    use x86_spec::exit::ExitReason;
+    use x86_spec::reg::gpr;
+    use x86_spec::segment::AccessRights;
+
+    fn exit(info: u32, displacement: u64) -> VmExit {
+        let mut e = VmExit::new(ExitReason::Vmptrld).qualified(displacement);
+        e.instruction_info = info;
+        e
+    }
+
+    /// Bits of instruction information for a memory operand.
+    fn info(size: u32, segment: usize, base: Option<usize>, index: Option<(usize, u32)>) -> u32 {
+        let base = base.map_or(1 << 27, |b| (b as u32) << 23);
+        let index = index.map_or(1 << 22, |(i, scale)| (i as u32) << 18 | scale);
+        size << 7 | (segment as u32) << 15 | base | index
+    }
+
+    const READ: MemoryAccess = MemoryAccess::Read;
+    const WRITE: MemoryAccess = MemoryAccess::Write;
+
+    /// SDM Vol. 3C table 28-14.
+    #[test]
+    fn parts_of_instruction_information() {
+        let i = InstructionInfo(3 | 9 << 3 | 1 << 7 | 1 << 10 | 5 << 15 | 10 << 18 | 11 << 23 | 12 << 28);
+        assert_eq!((i.scale(), i.reg1(), i.reg2()), (3, 9, 12));
+        assert_eq!(i.address_size(), AddressSize::Bits32);
+        assert!(i.is_register());
+        assert_eq!((i.segment(), i.index(), i.base()), (seg::GS, Some(10), Some(11)));
+        assert_eq!(InstructionInfo(1 << 22 | 1 << 27).index(), None);
+        assert_eq!(InstructionInfo(1 << 22 | 1 << 27).base(), None);
+    }
+
+    #[test]
+    fn effective_addresses_are_cut_to_the_address_size() {
+        let mut m = Machine::long();
+        m.l1.regs.gpr[gpr::RAX] = 0xffff_ffff_0001_fff0;
+        m.l1.regs.gpr[gpr::RCX] = 8;
+        let ea = |m: &Machine, size| {
+            let i = info(size, seg::DS, Some(gpr::RAX), Some((gpr::RCX, 2)));
+            effective_address(&m.l1, &exit(i, (-4i64) as u64))
+        };
+        assert_eq!(ea(&m, 2), 0xffff_ffff_0002_000c);
+        assert_eq!(ea(&m, 1), 0x0002_000c);
+        assert_eq!(ea(&m, 0), 0x000c);
+    }
+
+    #[test]
+    fn bases_in_64_bit_mode_are_those_of_fs_and_gs() {
+        let mut m = Machine::long();
+        for s in &mut m.l1.guest.segments {
+            s.base = 0x10_0000;
+            // Limits and rights do not count.
+            s.limit = 0;
+            if s.access.is_code() {
+                continue;
+            }
+            s.access = AccessRights(AccessRights::UNUSABLE);
+        }
+        for (s, expected) in
+            [(seg::DS, 0x40), (seg::SS, 0x40), (seg::CS, 0x40), (seg::FS, 0x10_0040), (seg::GS, 0x10_0040)]
+        {
+            let e = exit(info(2, s, None, None), 0x40);
+            assert_eq!(linear_address(&m.l1, &e, WRITE, 8), Ok(expected));
+        }
+    }
+
+    /// #GP(0), or #SS(0) through SS, for a non-canonical address (SDM Vol. 3D §31.3, 64-bit
+    /// mode exceptions).
+    #[test]
+    fn addresses_must_be_canonical() {
+        let mut m = Machine::long();
+        for (address, ok) in [
+            (0x7fff_ffff_fff8, true),
+            (0x7fff_ffff_fff9, false),
+            (0x8000_0000_0000, false),
+            (0xffff_8000_0000_0000, true),
+            (0xffff_7fff_ffff_ffff, false),
+            (u64::MAX, false),
+        ] {
+            for (s, fault) in [(seg::DS, Fault::GP), (seg::SS, Fault::SS), (seg::GS, Fault::GP)] {
+                let e = exit(info(2, s, None, None), address);
+                let expected = if ok { Ok(address) } else { Err(fault) };
+                assert_eq!(linear_address(&m.l1, &e, READ, 8), expected, "{address:#x}");
+            }
+        }
+        m.l1.guest.cr4 |= x86_spec::reg::cr4::LA57;
+        let e = exit(info(2, seg::DS, None, None), 0x8000_0000_0000);
+        assert_eq!(linear_address(&m.l1, &e, READ, 8), Ok(0x8000_0000_0000));
+    }
+
+    /// SDM Vol. 3A §6.3, §6.7.2; 8-byte accesses.
+    #[test]
+    fn segments_in_protected_mode() {
+        // (access rights, limit, address, access, allowed)
+        for (rights, limit, at, access, ok) in [
+            (0xc093, 0xffff, 0xfff8, WRITE, true),
+            (0xc093, 0xffff, 0xfff9, READ, false),
+            (0xc093, 0xffff_ffff, 0xffff_fff8, READ, true),
+            (0xc093, 0xffff_ffff, 0xffff_fff9, READ, false),
+            // Read-only data, execute-only and readable code.
+            (0xc091, 0xffff, 0, READ, true),
+            (0xc091, 0xffff, 0, WRITE, false),
+            (0xc099, 0xffff, 0, READ, false),
+            (0xc09b, 0xffff, 0, READ, true),
+            (0xc09b, 0xffff, 0, WRITE, false),
+            // Expand-down, 32 and 16 bits.
+            (0xc097, 0xffff, 0x1_0000, READ, true),
+            (0xc097, 0xffff, 0xffff, READ, false),
+            (0xc097, 0xffff, 0xffff_fff9, READ, false),
+            (0x0097, 0x0fff, 0xfff8, READ, true),
+            (0x0097, 0x0fff, 0xfff9, READ, false),
+            // Unusable.
+            (0x1_c093, 0xffff, 0, READ, false),
+        ] {
+            for (s, fault) in [(seg::ES, Fault::GP), (seg::SS, Fault::SS)] {
+                let mut m = Machine::protected();
+                let segment = &mut m.l1.guest.segments[s];
+                (segment.access, segment.limit, segment.base) = (AccessRights(rights), limit, 0x100);
+                let e = exit(info(1, s, None, None), at);
+                let expected = if ok { Ok((at + 0x100) & 0xffff_ffff) } else { Err(fault) };
+                assert_eq!(linear_address(&m.l1, &e, access, 8), expected, "{rights:#x} at {at:#x}");
+            }
+        }
+    }
+}
