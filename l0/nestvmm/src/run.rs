@@ -140,8 +140,12 @@ fn boot_once<E: Engine + 'static>(
         .spawn(move || vcpu.run())
         .map_err(|e| Failure::host(format!("can't start the vCPU's thread: {e}")))?;
     let end = thread.join();
-    if let Some(stopped) = session.clear_running().filter(|_| args.exit_stats) {
-        stopped.print_stats();
+    if let Some(stopped) = session.clear_running() {
+        // However the run ended: what the guest printed last is what one wants to see.
+        stopped.pc.flush_console();
+        if args.exit_stats {
+            stopped.print_stats();
+        }
     }
     end.map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
 }
