@@ -150,6 +150,24 @@ pub(super) fn avx_offered() -> bool {
     host().avx
 }
 
+/// What a processor without BMI1 or LZCNT makes of TZCNT and LZCNT: BSF and BSR with a prefix that
+/// means nothing (SDM Vol. 2B, LZCNT; Vol. 2C, TZCNT). Compilers rely on it.
+pub(super) fn as_decoded_by_host(i: &Instruction) -> Instruction {
+    let mut i = *i;
+    if !offered(i.code()) {
+        i.set_code(match i.code() {
+            Code::Tzcnt_r16_rm16 => Code::Bsf_r16_rm16,
+            Code::Tzcnt_r32_rm32 => Code::Bsf_r32_rm32,
+            Code::Tzcnt_r64_rm64 => Code::Bsf_r64_rm64,
+            Code::Lzcnt_r16_rm16 => Code::Bsr_r16_rm16,
+            Code::Lzcnt_r32_rm32 => Code::Bsr_r32_rm32,
+            Code::Lzcnt_r64_rm64 => Code::Bsr_r64_rm64,
+            code => code,
+        });
+    }
+    i
+}
+
 /// The class of an instruction, if a thunk can execute it.
 pub(super) fn classify(i: &Instruction) -> Option<Class> {
     let code = i.code();

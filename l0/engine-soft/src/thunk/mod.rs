@@ -41,7 +41,7 @@ use crate::ops::op_linear;
 use crate::{attempt, next};
 
 use arena::Arena;
-use class::{AVX, Class, FP, MMX, SSE, VEX, X87, classify};
+use class::{AVX, Class, FP, MMX, SSE, VEX, X87, as_decoded_by_host, classify};
 use compile::{Compiler, has_memory, normalised};
 pub use features::supported_features;
 
@@ -156,6 +156,7 @@ pub fn install(cpu: &mut Cpu, i: &Instruction, op: &mut Op) -> Installed {
         op.run = nop;
         return Installed::Yes;
     }
+    let i = &as_decoded_by_host(i);
     let Some(class) = classify(i) else { return Installed::No };
     let i = &normalised(i);
     match cpu.thunks.get(i, class) {
