@@ -165,6 +165,15 @@ pub const ENTRY: &[Control] = controls! {
     22 "Load PKRS" Unavailable;
 };
 
+/// The tables of controls with the names of their fields, for reports.
+pub const CONTROL_FIELDS: [(&str, &[Control]); 5] = [
+    ("Pin-based VM-execution controls", PIN),
+    ("Primary processor-based VM-execution controls", PRIMARY),
+    ("Secondary processor-based VM-execution controls", SECONDARY),
+    ("Primary VM-exit controls", EXIT),
+    ("VM-entry controls", ENTRY),
+];
+
 /// Reserved bits that must be 1 even by the TRUE MSRs, and the whole default1 class, which
 /// the MSRs without TRUE report as fixed to 1 (SDM Vol. 3C §25.6–25.8, Vol. 3D A.2–A.5).
 mod default1 {
@@ -597,7 +606,7 @@ pub(crate) mod tests {
 
     #[test]
     fn tables_are_in_order_and_name_each_bit_once() {
-        for table in [PIN, PRIMARY, SECONDARY, EXIT, ENTRY] {
+        for (_, table) in CONTROL_FIELDS {
             assert!(table.windows(2).all(|w| w[0].bit < w[1].bit));
             assert!(table.iter().all(|c| c.bit < 32 && !c.name.is_empty()));
         }

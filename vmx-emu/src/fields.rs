@@ -461,6 +461,17 @@ impl FieldSet {
     }
 }
 
+/// The bits that each field holds, by index.
+pub(crate) const WIDTH_MASKS: [u64; Field::COUNT] = {
+    let mut masks = [0; Field::COUNT];
+    let mut i = 0;
+    while i < Field::COUNT {
+        masks[i] = Field::ALL[i].width().mask();
+        i += 1;
+    }
+    masks
+};
+
 /// The fields of one guest segment register.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentFields {

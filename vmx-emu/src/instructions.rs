@@ -147,7 +147,7 @@ fn valid_region(caps: &Capabilities, pointer: L1Gpa) -> bool {
 /// The first dword of a region: revision identifier and shadow-VMCS indicator.
 fn region_revision<T: L1 + ?Sized>(l1: &T, pointer: L1Gpa) -> u32 {
     let mut dword = [0; 4];
-    l1.read_physical(pointer, &mut dword);
+    l1.physical().read(pointer, &mut dword);
     u32::from_le_bytes(dword)
 }
 

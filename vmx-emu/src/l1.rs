@@ -1,12 +1,12 @@
 //! What VMX instructions see of L1: its registers and its memory.
 
 use engine::{GuestRegs, GuestState};
-use memory::L1Gpa;
 use x86_spec::exception;
 use x86_spec::reg::{efer, gpr, rflags};
 use x86_spec::segment::seg;
 
 use crate::fields::OperandSize;
+use crate::physical::L1Physical;
 
 /// An exception that an instruction of L1 raises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,9 +34,6 @@ impl Fault {
 }
 
 /// One logical processor of L1 with its memory, stopped at a VMX instruction.
-///
-/// Physical accesses never fail, as on a bus: what is not RAM reads as ones, and writes to
-/// it are lost.
 pub trait L1 {
     /// Registers that VMCS01 holds.
     fn guest(&self) -> &GuestState;
@@ -50,10 +47,8 @@ pub trait L1 {
     fn cr0(&self) -> u64;
     /// CR4 as L1 reads it.
     fn cr4(&self) -> u64;
-    /// Reads L1-physical memory.
-    fn read_physical(&self, at: L1Gpa, buf: &mut [u8]);
-    /// Writes L1-physical memory.
-    fn write_physical(&mut self, at: L1Gpa, buf: &[u8]);
+    /// L1-physical memory.
+    fn physical(&self) -> &dyn L1Physical;
     /// Reads linear memory as a supervisor-mode data access, with all its effects.
     ///
     /// # Errors

@@ -130,7 +130,7 @@ impl VmxState {
     }
 
     /// Leaves VMX operation; the current VMCS goes to memory.
-    pub(crate) fn stop<T: L1 + ?Sized>(&mut self, l1: &mut T) {
+    pub(crate) fn stop<T: L1 + ?Sized>(&mut self, l1: &T) {
         self.release(l1);
         self.operation = Operation::Off;
     }
@@ -144,25 +144,25 @@ impl VmxState {
 
     /// Makes the region at `pointer`, whose content is `vmcs`, the current VMCS; the one before
     /// goes to memory.
-    pub(crate) fn load<T: L1 + ?Sized>(&mut self, l1: &mut T, pointer: L1Gpa) {
+    pub(crate) fn load<T: L1 + ?Sized>(&mut self, l1: &T, pointer: L1Gpa) {
         if self.current_pointer() == Some(pointer) {
             return;
         }
         self.release(l1);
         let mut region = [0; REGION_SIZE];
-        l1.read_physical(pointer, &mut region);
+        l1.physical().read(pointer, &mut region);
         self.current = Some(CurrentVmcs { pointer, vmcs: Box::new(Vmcs12::from_region(&region)) });
     }
 
     /// Writes the current VMCS to its region and leaves none current.
-    pub(crate) fn release<T: L1 + ?Sized>(&mut self, l1: &mut T) {
+    pub(crate) fn release<T: L1 + ?Sized>(&mut self, l1: &T) {
         self.flush(l1);
         self.current = None;
     }
 
     /// Writes the current VMCS to its region. It stays current. For a reader of L1's memory
     /// who should see it, such as a snapshot.
-    pub fn flush<T: L1 + ?Sized>(&self, l1: &mut T) {
+    pub fn flush<T: L1 + ?Sized>(&self, l1: &T) {
         if let Some(c) = &self.current {
             c.vmcs.write_region(l1, c.pointer);
         }

@@ -1,7 +1,9 @@
 //! A logical processor for tests: flat RAM, identity paging with one page missing.
 
+use std::cell::RefCell;
+
 use engine::{GuestRegs, GuestState, Segment, VmExit};
-use memory::{L1Gpa, PAGE_SIZE};
+use memory::{L1Gpa, MachineAddr, PAGE_SIZE};
 use x86_spec::exception::pf;
 use x86_spec::exit::ExitReason;
 use x86_spec::reg::{cr0, cr4, efer, gpr};
@@ -11,6 +13,7 @@ use crate::capabilities::tests::full;
 use crate::capabilities::{Capabilities, FeatureControl};
 use crate::instructions::{Outcome, execute};
 use crate::l1::{Fault, L1};
+use crate::physical::L1Physical;
 use crate::state::{VmResult, VmxState};
 use crate::vmcs12::REVISION;
 
@@ -27,25 +30,49 @@ pub const VMCS_A: u64 = 0x2000;
 /// Another one.
 pub const VMCS_B: u64 = 0x3000;
 
+/// RAM from physical address 0.
+pub struct Ram(RefCell<Vec<u8>>);
+
+impl L1Physical for Ram {
+    fn read(&self, at: L1Gpa, buf: &mut [u8]) {
+        let ram = self.0.borrow();
+        for (i, b) in buf.iter_mut().enumerate() {
+            let a = at.checked_add(i as u64).and_then(|a| usize::try_from(a.0).ok());
+            *b = a.and_then(|a| ram.get(a)).copied().unwrap_or(0xff);
+        }
+    }
+    fn write(&self, at: L1Gpa, buf: &[u8]) {
+        let mut ram = self.0.borrow_mut();
+        for (i, b) in buf.iter().enumerate() {
+            let a = at.checked_add(i as u64).and_then(|a| usize::try_from(a.0).ok());
+            if let Some(to) = a.and_then(|a| ram.get_mut(a)) {
+                *to = *b;
+            }
+        }
+    }
+    fn machine(&self, at: L1Gpa) -> Option<MachineAddr> {
+        (at.0 < RAM as u64).then_some(MachineAddr(at.0))
+    }
+}
+
 /// Registers and memory.
 pub struct Processor {
     /// VMCS01's guest state.
     pub guest: GuestState,
     /// The other registers.
     pub regs: GuestRegs,
-    /// RAM from physical address 0.
-    pub ram: Vec<u8>,
+    /// Memory.
+    pub ram: Ram,
 }
 
-impl Processor {
-    fn range(&self, linear: u64, len: usize) -> Result<std::ops::Range<usize>, Fault> {
-        let absent = linear < ABSENT + PAGE_SIZE && linear.saturating_add(len as u64) > ABSENT;
-        let start = usize::try_from(linear).unwrap();
-        if absent || start + len > self.ram.len() {
-            return Err(Fault::page(linear.max(ABSENT), pf::W));
-        }
-        Ok(start..start + len)
+/// A linear access: identity paging of RAM, except for [`ABSENT`].
+fn page(linear: u64, len: usize) -> Result<L1Gpa, Fault> {
+    let end = linear.saturating_add(len as u64);
+    let absent = linear < ABSENT + PAGE_SIZE && end > ABSENT;
+    if absent || end > RAM as u64 {
+        return Err(Fault::page(linear.max(ABSENT), pf::W));
     }
+    Ok(L1Gpa(linear))
 }
 
 impl L1 for Processor {
@@ -67,28 +94,15 @@ impl L1 for Processor {
     fn cr4(&self) -> u64 {
         self.guest.cr4
     }
-    fn read_physical(&self, at: L1Gpa, buf: &mut [u8]) {
-        for (i, b) in buf.iter_mut().enumerate() {
-            let a = at.checked_add(i as u64).and_then(|a| usize::try_from(a.0).ok());
-            *b = a.and_then(|a| self.ram.get(a)).copied().unwrap_or(0xff);
-        }
-    }
-    fn write_physical(&mut self, at: L1Gpa, buf: &[u8]) {
-        for (i, b) in buf.iter().enumerate() {
-            let a = at.checked_add(i as u64).and_then(|a| usize::try_from(a.0).ok());
-            if let Some(to) = a.and_then(|a| self.ram.get_mut(a)) {
-                *to = *b;
-            }
-        }
+    fn physical(&self) -> &dyn L1Physical {
+        &self.ram
     }
     fn read_linear(&mut self, linear: u64, buf: &mut [u8]) -> Result<(), Fault> {
-        let range = self.range(linear, buf.len())?;
-        buf.copy_from_slice(&self.ram[range]);
+        self.ram.read(page(linear, buf.len())?, buf);
         Ok(())
     }
     fn write_linear(&mut self, linear: u64, buf: &[u8]) -> Result<(), Fault> {
-        let range = self.range(linear, buf.len())?;
-        self.ram[range].copy_from_slice(buf);
+        self.ram.write(page(linear, buf.len())?, buf);
         Ok(())
     }
 }
@@ -128,7 +142,7 @@ impl Machine {
         guest.segments[seg::CS].access = AccessRights(0xa09b);
         let regs = GuestRegs::default();
         let mut m = Self {
-            l1: Processor { guest, regs, ram: vec![0; RAM] },
+            l1: Processor { guest, regs, ram: Ram(RefCell::new(vec![0; RAM])) },
             state: VmxState::new(FeatureControl::ENABLED),
             caps: full(),
         };
@@ -162,19 +176,17 @@ impl Machine {
 
     /// Writes a dword to RAM.
     pub fn put32(&mut self, at: u64, value: u32) {
-        self.l1.write_physical(L1Gpa(at), &value.to_le_bytes());
+        self.l1.ram.write(L1Gpa(at), &value.to_le_bytes());
     }
 
     /// Writes a qword to RAM.
     pub fn put64(&mut self, at: u64, value: u64) {
-        self.l1.write_physical(L1Gpa(at), &value.to_le_bytes());
+        self.l1.ram.write(L1Gpa(at), &value.to_le_bytes());
     }
 
     /// Reads a qword of RAM.
     pub fn get64(&self, at: u64) -> u64 {
-        let mut b = [0; 8];
-        self.l1.read_physical(L1Gpa(at), &mut b);
-        u64::from_le_bytes(b)
+        self.l1.ram.read_u64(L1Gpa(at))
     }
 
     /// Executes the instruction of this exit.

@@ -9,6 +9,9 @@
 //! - at every VMX instruction of L1 that still exits: load, execute, store;
 //! - when an exit of L2 has been reflected to L1: store.
 //!
+//! What L1 puts there in place of fields that do not exist goes into VMCS12 too, and means
+//! nothing: only controls that are not offered would use it.
+//!
 //! When L1 has no current VMCS, VMREAD and VMWRITE must exit, so that they fail: [`store`] says
 //! so.
 
@@ -21,18 +24,18 @@ use crate::state::VmxState;
 pub const BITMAP_SIZE: usize = 4096;
 
 /// Takes the page's content into the current VMCS, if there is one.
-pub fn load(state: &mut VmxState, caps: &Capabilities, page: &[u8]) {
+pub fn load(state: &mut VmxState, page: &[u8]) {
     if let Some(vmcs) = state.current_mut() {
-        vmcs.load_fields(&caps.fields, page);
+        vmcs.load_values(page);
     }
 }
 
 /// Writes the current VMCS to the page. False when there is none.
 #[must_use = "without a current VMCS, VMREAD and VMWRITE must exit"]
-pub fn store(state: &VmxState, caps: &Capabilities, page: &mut [u8]) -> bool {
+pub fn store(state: &VmxState, page: &mut [u8]) -> bool {
     match state.current() {
         Some(vmcs) => {
-            vmcs.store_fields(&caps.fields, page);
+            vmcs.store_values(page);
             true
         }
         None => false,
@@ -74,6 +77,8 @@ mod tests {
     use super::*;
     use crate::capabilities::tests::full;
     use crate::fields::Field;
+    use crate::testing::{Machine, VMCS_A};
+    use crate::vmcs12::{self, REGION_SIZE};
 
     #[test]
     fn bitmaps_pass_exactly_the_encodings_of_fields() {
@@ -88,5 +93,25 @@ mod tests {
             let writable = field.is_some_and(|f| f.field_type() != FieldType::ReadOnly);
             assert_eq!(bit(&write), !writable, "{encoding:#x}");
         }
+    }
+
+    #[test]
+    fn the_page_stands_for_the_current_vmcs() {
+        let mut m = Machine::long().in_root();
+        let mut page = [0u8; REGION_SIZE];
+        assert!(!store(&m.state, &mut page), "none is current");
+        load(&mut m.state, &page);
+        let mut m = Machine::long().with_current(VMCS_A);
+        m.state.current_mut().unwrap().set(Field::GuestRip, 0x1234);
+        assert!(store(&m.state, &mut page));
+        let at = |f| vmcs12::offset(f)..vmcs12::offset(f) + 8;
+        assert_eq!(page[at(Field::GuestRip)], 0x1234u64.to_le_bytes());
+        page[at(Field::GuestRsp)].copy_from_slice(&7u64.to_le_bytes());
+        page[at(Field::Vpid)].copy_from_slice(&u64::MAX.to_le_bytes());
+        load(&mut m.state, &page);
+        let vmcs = m.state.current().unwrap();
+        assert_eq!(vmcs.get(Field::GuestRip), 0x1234);
+        assert_eq!(vmcs.get(Field::GuestRsp), 7);
+        assert_eq!(vmcs.get(Field::Vpid), 0xffff, "cut to its width");
     }
 }

@@ -125,7 +125,8 @@ fn vmxon_undefined_without_cr4_vmxe() {
 /// SDM Vol. 3C §24.7, §24.8.
 #[test]
 fn vmxon_needs_fixed_bits_and_feature_control() {
-    let changes: [(&str, fn(&mut Machine)); 5] = [
+    type Change = fn(&mut Machine);
+    let changes: [(&str, Change); 5] = [
         ("CR0.NE", |m| m.l1.guest.cr0 &= !cr0::NE),
         ("CR0.PG", |m| m.l1.guest.cr0 &= !cr0::PG),
         ("a CR4 bit that is not offered", |m| m.l1.guest.cr4 |= 1 << 30),
@@ -468,7 +469,7 @@ fn eptp_switching() {
     m.put64(0x4000 + 8 * 511, eptp);
     m.put64(0x4000 + 8, 7);
     let mut v = m.state.current().unwrap().clone();
-    let call = |v: &mut Vmcs12, eax, ecx| vmfunc(v, &m.caps, &m.l1, eax, ecx);
+    let call = |v: &mut Vmcs12, eax, ecx| vmfunc(v, &m.caps, m.l1.physical(), eax, ecx);
     v.set(Field::EptpListAddress, 0x4000);
     v.set(Field::SecondaryControls, SecondaryControls::ENABLE_VM_FUNCTIONS.bits() as u64);
     assert_eq!(call(&mut v, 0, 511), VmFunction::Undefined, "secondary controls not activated");

@@ -8,7 +8,7 @@ use x86_spec::controls::{PrimaryControls, SecondaryControls};
 
 use crate::capabilities::{Capabilities, VMFUNC_EPTP_SWITCHING};
 use crate::fields::Field;
-use crate::l1::L1;
+use crate::physical::L1Physical;
 use crate::vmcs12::Vmcs12;
 
 /// What VMFUNC in L2 does.
@@ -24,10 +24,10 @@ pub enum VmFunction {
 }
 
 /// VMFUNC executed by L2 with these values of EAX and ECX (SDM Vol. 3C §26.5.6.2, §26.5.6.3).
-pub fn vmfunc<T: L1 + ?Sized>(
+pub fn vmfunc(
     vmcs: &mut Vmcs12,
     caps: &Capabilities,
-    l1: &T,
+    memory: &dyn L1Physical,
     eax: u32,
     ecx: u32,
 ) -> VmFunction {
@@ -38,7 +38,7 @@ pub fn vmfunc<T: L1 + ?Sized>(
     if vmcs.get(Field::VmFunctionControls) & function & VMFUNC_EPTP_SWITCHING == 0 {
         return VmFunction::Exit;
     }
-    switch_eptp(vmcs, caps, l1, ecx)
+    switch_eptp(vmcs, caps, memory, ecx)
 }
 
 /// "Enable VM functions" is 1, and so is "activate secondary controls", without which it
@@ -50,14 +50,12 @@ fn enabled(vmcs: &Vmcs12) -> bool {
 
 /// EPTP switching, VM function 0 (SDM Vol. 3C §26.5.6.3): the list has 512 entries; one that
 /// VM entry would not accept causes an exit.
-fn switch_eptp<T: L1 + ?Sized>(vmcs: &mut Vmcs12, caps: &Capabilities, l1: &T, index: u32) -> VmFunction {
+fn switch_eptp(vmcs: &mut Vmcs12, caps: &Capabilities, memory: &dyn L1Physical, index: u32) -> VmFunction {
     if index >= 512 {
         return VmFunction::Exit;
     }
     let list = L1Gpa(vmcs.get(Field::EptpListAddress)).page_base();
-    let mut entry = [0; 8];
-    l1.read_physical(list.offset(8 * index as u64), &mut entry);
-    let eptp = u64::from_le_bytes(entry);
+    let eptp = memory.read_u64(list.offset(8 * index as u64));
     if !caps.allows_eptp(eptp) {
         return VmFunction::Exit;
     }
