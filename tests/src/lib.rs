@@ -4,6 +4,7 @@
 //! A failed expectation panics with what the program has printed so far: this crate is for tests.
 
 pub mod artifacts;
+pub mod fuzz;
 pub mod guest;
 pub mod payload;
 pub mod process;

@@ -151,6 +151,7 @@ impl Launch {
             output,
             errors: Some(errors),
             terminal: None,
+            initial_modes: None,
             position: 0,
         }
     }
@@ -158,6 +159,7 @@ impl Launch {
     /// Starts it on a new pseudo-terminal, on which output and errors both end up.
     pub fn start_on_terminal(&self) -> Process {
         let (master, slave) = open_terminal();
+        let initial_modes = Modes::of(&rustix::termios::tcgetattr(&slave).expect("it is a terminal"));
         let mut command = self.command();
         let clone = || slave.try_clone().expect("file descriptors are left");
         command.stdin(clone()).stdout(clone()).stderr(clone());
@@ -170,6 +172,7 @@ impl Launch {
             output,
             errors: None,
             terminal: Some(slave),
+            initial_modes: Some(initial_modes),
             position: 0,
         }
     }
@@ -232,6 +235,7 @@ pub struct Process {
     output: Transcript,
     errors: Option<Transcript>,
     terminal: Option<OwnedFd>,
+    initial_modes: Option<Modes>,
     position: usize,
 }
 
@@ -309,13 +313,18 @@ impl Process {
         Modes::of(&rustix::termios::tcgetattr(terminal).expect("the terminal is open"))
     }
 
-    /// Waits until the terminal's modes are other than `before`.
+    /// The modes that its terminal had when it was started.
+    pub fn initial_modes(&self) -> &Modes {
+        self.initial_modes.as_ref().expect("it runs on a terminal")
+    }
+
+    /// Waits until the terminal has the modes `wanted`.
     #[track_caller]
-    pub fn expect_modes_to_leave(&self, before: &Modes, limit: Duration) {
+    pub fn expect_modes(&self, wanted: &Modes, limit: Duration) {
         // The kernel does not tell of changed modes, so they are looked at again and again.
         let deadline = Instant::now() + limit;
-        while self.terminal_modes() == *before {
-            assert!(Instant::now() < deadline, "{}: terminal unchanged\n{}", self.name, self.shown());
+        while self.terminal_modes() != *wanted {
+            assert!(Instant::now() < deadline, "{}: not the modes\n{}", self.name, self.shown());
             thread::yield_now();
         }
     }
@@ -360,6 +369,9 @@ impl Process {
     }
 
     fn wait_end(&mut self, limit: Duration) -> Option<ExitStatus> {
+        if let Some(status) = self.child.try_wait().expect("the child is ours") {
+            return Some(status);
+        }
         let pid = rustix::process::Pid::from_child(&self.child);
         let flags = rustix::process::PidfdFlags::empty();
         let pidfd = rustix::process::pidfd_open(pid, flags).expect("Linux has had pidfds since 5.3");
