@@ -5,7 +5,7 @@ use memory::L1Gpa;
 use crate::capabilities::{Capabilities, FeatureControl};
 use crate::explain::InstructionError;
 use crate::fields::Field;
-use crate::l1::L1;
+use crate::physical::L1Physical;
 use crate::vmcs12::{LaunchState, REGION_SIZE, Vmcs12};
 
 /// Whether the processor is in VMX operation (SDM Vol. 3C §24.3), and where its VMXON region
@@ -130,8 +130,8 @@ impl VmxState {
     }
 
     /// Leaves VMX operation; the current VMCS goes to memory.
-    pub(crate) fn stop<T: L1 + ?Sized>(&mut self, l1: &T) {
-        self.release(l1);
+    pub(crate) fn stop(&mut self, memory: &dyn L1Physical) {
+        self.release(memory);
         self.operation = Operation::Off;
     }
 
@@ -144,27 +144,27 @@ impl VmxState {
 
     /// Makes the region at `pointer`, whose content is `vmcs`, the current VMCS; the one before
     /// goes to memory.
-    pub(crate) fn load<T: L1 + ?Sized>(&mut self, l1: &T, pointer: L1Gpa) {
+    pub(crate) fn load(&mut self, memory: &dyn L1Physical, pointer: L1Gpa) {
         if self.current_pointer() == Some(pointer) {
             return;
         }
-        self.release(l1);
+        self.release(memory);
         let mut region = [0; REGION_SIZE];
-        l1.physical().read(pointer, &mut region);
+        memory.read(pointer, &mut region);
         self.current = Some(CurrentVmcs { pointer, vmcs: Box::new(Vmcs12::from_region(&region)) });
     }
 
     /// Writes the current VMCS to its region and leaves none current.
-    pub(crate) fn release<T: L1 + ?Sized>(&mut self, l1: &T) {
-        self.flush(l1);
+    pub(crate) fn release(&mut self, memory: &dyn L1Physical) {
+        self.flush(memory);
         self.current = None;
     }
 
     /// Writes the current VMCS to its region. It stays current. For a reader of L1's memory
     /// who should see it, such as a snapshot.
-    pub fn flush<T: L1 + ?Sized>(&self, l1: &T) {
+    pub fn flush(&self, memory: &dyn L1Physical) {
         if let Some(c) = &self.current {
-            c.vmcs.write_region(l1, c.pointer);
+            c.vmcs.write_region(memory, c.pointer);
         }
     }
 

@@ -20,7 +20,7 @@ use memory::L1Gpa;
 use x86_spec::segment::AccessRights;
 
 use crate::fields::{Access, Field, GUEST_SEGMENTS, OperandSize, WIDTH_MASKS};
-use crate::l1::L1;
+use crate::physical::L1Physical;
 
 /// Size of a VMCS region in bytes.
 pub const REGION_SIZE: usize = 4096;
@@ -177,10 +177,10 @@ impl Vmcs12 {
     }
 
     /// Writes it to its region in L1's memory.
-    pub(crate) fn write_region<T: L1 + ?Sized>(&self, l1: &T, pointer: L1Gpa) {
+    pub(crate) fn write_region(&self, memory: &dyn L1Physical, pointer: L1Gpa) {
         let mut region = [0; USED];
         self.to_region(&mut region);
-        l1.physical().write(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
+        memory.write(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
     }
 
     /// Copies all fields to a page with the layout of a region.
@@ -220,11 +220,11 @@ pub fn clear_region(region: &mut [u8]) {
 }
 
 /// VMCLEAR of the region at `pointer`, which is not cached.
-pub(crate) fn clear_in_memory<T: L1 + ?Sized>(l1: &T, pointer: L1Gpa) {
+pub(crate) fn clear_in_memory(memory: &dyn L1Physical, pointer: L1Gpa) {
     let mut region = [0; USED];
-    l1.physical().read(pointer, &mut region);
+    memory.read(pointer, &mut region);
     clear_region(&mut region);
-    l1.physical().write(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
+    memory.write(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
 }
 
 /// Where a field is in a region.

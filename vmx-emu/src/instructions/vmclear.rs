@@ -28,9 +28,9 @@ pub(super) fn vmclear<T: L1 + ?Sized>(
         if let Some(vmcs) = state.current_mut() {
             vmcs.launch_state = LaunchState::Clear;
         }
-        state.release(l1);
+        state.release(l1.physical());
     } else {
-        clear_in_memory(l1, pointer);
+        clear_in_memory(l1.physical(), pointer);
     }
     Ok(VmResult::Succeed.into())
 }

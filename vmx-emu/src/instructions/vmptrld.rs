@@ -28,7 +28,7 @@ pub(super) fn vmptrld<T: L1 + ?Sized>(
     if !accepts_revision(caps, region_revision(l1, pointer)) {
         return Ok(state.fail(InstructionError::VmptrldWrongRevision).into());
     }
-    state.load(l1, pointer);
+    state.load(l1.physical(), pointer);
     Ok(VmResult::Succeed.into())
 }
 

@@ -8,6 +8,6 @@ use crate::state::{VmResult, VmxState};
 /// should have used VMCLEAR (Vol. 3C §25.11.1).
 pub(super) fn vmxoff<T: L1 + ?Sized>(state: &mut VmxState, l1: &mut T) -> Execution {
     check_root(state, l1)?;
-    state.stop(l1);
+    state.stop(l1.physical());
     Ok(VmResult::Succeed.into())
 }
