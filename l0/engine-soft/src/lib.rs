@@ -22,14 +22,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use engine::{
-    Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, Vcpu, VmExit,
+    Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, LinearFault, Vcpu, VmExit,
 };
 use memory::{Gpa, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
+use x86_spec::controls::SecondaryControls;
+use x86_spec::exit::ExitReason;
 
 use block::{BlockCache, Watcher, WrittenPages};
 use cpu::{CodeSize, Cpu, Reason, Shared};
 use mmu::Mmu;
+use system::shadow_vmcs::ShadowLayout;
 
 /// Invalidations that wait for a vCPU. Bounded: past the bound everything goes.
 #[derive(Debug, Default)]
@@ -66,6 +69,7 @@ pub struct SoftEngine {
     capabilities: VmxCapabilities,
     tsc_frequency: u64,
     vcpus: Mutex<Vec<Remote>>,
+    shadow_layout: Arc<ShadowLayout>,
 }
 
 impl SoftEngine {
@@ -79,7 +83,19 @@ impl SoftEngine {
             capabilities: system::capabilities::capabilities(),
             tsc_frequency: system::capabilities::tsc_frequency(),
             vcpus: Mutex::new(Vec::new()),
+            shadow_layout: Arc::default(),
         })
+    }
+
+    /// The same with VMCS shadowing: vCPUs execute VMREAD and VMWRITE against shadow VMCSs of this
+    /// layout.
+    #[must_use]
+    pub fn with_vmcs_shadowing(mut self, layout: ShadowLayout) -> Self {
+        if !layout.is_empty() {
+            self.capabilities.secondary.may_be_one |= SecondaryControls::VMCS_SHADOWING.bits();
+        }
+        self.shadow_layout = Arc::new(layout);
+        self
     }
 }
 
@@ -100,7 +116,8 @@ impl Engine for SoftEngine {
     }
 
     fn create_vcpu(&self) -> Result<SoftVcpu, EngineError> {
-        let cpu = Cpu::new(self.memory.clone())?;
+        let mut cpu = Cpu::new(self.memory.clone())?;
+        cpu.shadow_layout = self.shadow_layout.clone();
         let remote = Remote { shared: cpu.shared.clone(), requests: cpu.requests.clone() };
         self.memory.add_code_watcher(Arc::new(Watcher {
             written: cpu.written_pages.clone(),
@@ -114,7 +131,7 @@ impl Engine for SoftEngine {
         for v in self.vcpus.lock().unwrap_or_else(|e| e.into_inner()).iter() {
             v.requests.push(scope);
             v.shared.invalidate.store(true, Ordering::SeqCst);
-            v.shared.limit.store(0, Ordering::SeqCst);
+            v.shared.notify();
         }
     }
 }
@@ -171,6 +188,8 @@ impl Cpu {
             timer_deadline: None,
             single: false,
             force_single: false,
+            virtual_apic: system::virtual_apic::VirtualApic::default(),
+            shadow_layout: Arc::default(),
             boundary: system::pending::Boundary::default(),
             one_shot: false,
             bus: None,
@@ -224,12 +243,40 @@ impl SoftVcpu {
     }
 }
 
+impl SoftVcpu {
+    /// Makes the processor what `vmcs` and `regs` say for the time of one access.
+    fn with_state(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        access: impl FnOnce(&mut Cpu) -> cpu::Exec,
+    ) -> Result<(), LinearFault> {
+        let cpu = &mut *self.cpu;
+        system::vmentry::load(cpu, vmcs, regs).map_err(LinearFault::Exit)?;
+        let done = access(cpu);
+        // Nothing but the x87 and vector state was moved into the processor.
+        std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
+        let reason = std::mem::replace(&mut cpu.reason, Reason::None);
+        match (done, reason) {
+            (Ok(()), _) => Ok(()),
+            (Err(_), Reason::Exit(exit)) => Err(LinearFault::Exit(exit)),
+            (Err(_), Reason::Event(e)) => {
+                Err(LinearFault::Exception { vector: e.vector, error_code: e.error, address: e.payload })
+            }
+            // No block runs, so nothing asks for an instruction to be executed again.
+            (Err(_), Reason::None | Reason::Reexecute) => {
+                Err(LinearFault::Exit(VmExit::new(ExitReason::EptMisconfiguration)))
+            }
+        }
+    }
+}
+
 struct SoftKicker(Arc<Shared>);
 
 impl Kick for SoftKicker {
     fn kick(&self) {
         self.0.kicked.store(true, Ordering::SeqCst);
-        self.0.limit.store(0, Ordering::SeqCst);
+        self.0.notify();
     }
 }
 
@@ -239,7 +286,7 @@ impl Vcpu for SoftVcpu {
         if let Err(exit) = system::vmentry::load(cpu, vmcs, regs) {
             return exit;
         }
-        let exit = loop {
+        let mut exit = loop {
             if system::vmentry::inject(cpu).is_err()
                 && let Some(exit) = cpu.settle()
             {
@@ -249,6 +296,7 @@ impl Vcpu for SoftVcpu {
                 break exit;
             }
         };
+        system::virtual_apic::complete_exit(cpu, &mut exit);
         cpu.leave(exit, vmcs, regs);
         exit
     }
@@ -269,8 +317,11 @@ impl Vcpu for SoftVcpu {
             Err(exit) => Some(exit),
             Ok(()) => {
                 let mut exit = cpu.run();
-                match exit {
-                    Some(exit) => cpu.leave(exit, vmcs, regs),
+                match &mut exit {
+                    Some(exit) => {
+                        system::virtual_apic::complete_exit(cpu, exit);
+                        cpu.leave(*exit, vmcs, regs);
+                    }
                     None => {
                         // The boundary after this instruction is the next entry's first: saving ends
                         // the interrupt shadow and makes a single-step trap pending.
@@ -285,6 +336,26 @@ impl Vcpu for SoftVcpu {
         cpu.single = false;
         cpu.bus = None;
         exit
+    }
+
+    fn read_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &mut [u8],
+    ) -> Result<(), LinearFault> {
+        self.with_state(vmcs, regs, |cpu| cpu.read_bytes(linear, buf))
+    }
+
+    fn write_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &[u8],
+    ) -> Result<(), LinearFault> {
+        self.with_state(vmcs, regs, |cpu| cpu.write_bytes(linear, buf))
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -8,10 +8,12 @@
 //! (that is `vmx-emu`).
 
 mod exit;
+mod posted;
 mod regs;
 mod vmcs;
 
 pub use exit::{EntryFailure, VmExit};
+pub use posted::post_interrupts;
 pub use regs::{FpuState, FxArea, GuestRegs, Msrs, VectorRegister};
 pub use vmcs::{
     Activity, Controls, DescriptorTable, EngineVmcs, GuestState, Segment, interruptibility, pending_debug,
@@ -122,6 +124,22 @@ pub trait ExitBus {
     fn pio_write(&mut self, port: u16, size: u8, value: u32);
 }
 
+/// Why an access to guest-linear memory can't be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearFault {
+    /// The guest gets an exception.
+    Exception {
+        /// Vector.
+        vector: u8,
+        /// Error code, if it has one.
+        error_code: Option<u32>,
+        /// #PF: the linear address, for CR2.
+        address: u64,
+    },
+    /// The access causes this VM exit.
+    Exit(VmExit),
+}
+
 /// One virtual CPU of an engine.
 pub trait Vcpu: Send {
     /// Runs the context of `vmcs` and `regs` from VM entry to VM exit. Guest state,
@@ -139,6 +157,32 @@ pub trait Vcpu: Send {
         regs: &mut GuestRegs,
         bus: &mut dyn ExitBus,
     ) -> Option<VmExit>;
+
+    /// Reads guest-linear memory as a data access of the instruction at RIP would, with its effects
+    /// on accessed and dirty flags; for operands of instructions that L0 executes on the guest's
+    /// behalf.
+    ///
+    /// # Errors
+    /// [`LinearFault`]; `buf` is undefined then.
+    fn read_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &mut [u8],
+    ) -> Result<(), LinearFault>;
+
+    /// Writes guest-linear memory likewise: all of `buf` or, with a fault, nothing.
+    ///
+    /// # Errors
+    /// [`LinearFault`].
+    fn write_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &[u8],
+    ) -> Result<(), LinearFault>;
 
     /// A handle to kick this vCPU from another thread.
     fn kicker(&self) -> Arc<dyn Kick>;

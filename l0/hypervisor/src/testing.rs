@@ -103,6 +103,26 @@ impl Vcpu for ScriptVcpu {
         let mut f = self.script.lock().unwrap().emulations.pop_front().expect("an emulation");
         f(vmcs, bus)
     }
+    fn read_linear(
+        &mut self,
+        _: &mut EngineVmcs,
+        _: &mut GuestRegs,
+        linear: u64,
+        _: &mut [u8],
+    ) -> Result<(), engine::LinearFault> {
+        Err(engine::LinearFault::Exception { vector: 14, error_code: Some(0), address: linear })
+    }
+
+    fn write_linear(
+        &mut self,
+        _: &mut EngineVmcs,
+        _: &mut GuestRegs,
+        linear: u64,
+        _: &[u8],
+    ) -> Result<(), engine::LinearFault> {
+        Err(engine::LinearFault::Exception { vector: 14, error_code: Some(2), address: linear })
+    }
+
     fn kicker(&self) -> Arc<dyn Kick> {
         Arc::new(NoKick)
     }
