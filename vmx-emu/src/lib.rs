@@ -4,12 +4,15 @@
 //! through small traits that the hypervisor implements.
 
 pub mod capabilities;
+pub mod checks;
 pub mod explain;
 pub mod fields;
 pub mod instructions;
 pub mod l1;
+pub mod merge;
 pub mod operand;
 pub mod physical;
+pub mod route;
 pub mod state;
 pub mod vmcs12;
 pub mod vmcs_page;

@@ -1,0 +1,390 @@
+//! Who owns an exit of L2: one table, a rule for each basic exit reason.
+//!
+//! VMCS02 exits for what L0 needs and for what L1 wants. L1 gets an exit that its own VMCS12
+//! would have caused on a processor; the rest is L0's. L0 keeps an exit either to do something
+//! of its own, or to carry out on the spot what L2 would have been allowed without an exit.
+
+use std::fmt;
+
+use engine::{GuestRegs, GuestState, VmExit};
+use ept_compress::Fault;
+use x86_spec::controls::{PinbasedControls as P, PrimaryControls as C, SecondaryControls as S};
+use x86_spec::exception;
+use x86_spec::exit::{ExitReason as R, cr_access, io};
+use x86_spec::interruption::EventType;
+use x86_spec::reg::{cr0, efer, gpr};
+use x86_spec::segment::seg;
+
+use crate::capabilities::VMFUNC_EPTP_SWITCHING;
+use crate::fields::{CR3_TARGETS, Field};
+use crate::merge::PageFaultFilter;
+use crate::merge::bitmaps::{io_exits, msr_exits, primary12, secondary12};
+use crate::merge::cr::CrMask;
+use crate::physical::L1Physical;
+use crate::vmcs_page;
+use crate::vmcs12::Vmcs12;
+
+/// Who handles an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// L0 keeps it.
+    L0,
+    /// It is reflected to L1.
+    L1,
+    /// Composing EPT12 with EPT01 tells (`ept_compress::Ept02::fill`, then [`of_fault`]).
+    Composition,
+}
+
+/// Who handles an exit, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Who.
+    pub owner: Owner,
+    /// The reason, for reports.
+    pub why: &'static str,
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.owner, self.why)
+    }
+}
+
+const fn l0(why: &'static str) -> Route {
+    Route { owner: Owner::L0, why }
+}
+const fn l1(why: &'static str) -> Route {
+    Route { owner: Owner::L1, why }
+}
+
+/// What the rules look at.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// VMCS12.
+    pub vmcs12: &'a Vmcs12,
+    /// L2's state at the exit, from VMCS02.
+    pub guest: &'a GuestState,
+    /// Registers at the exit.
+    pub regs: &'a GuestRegs,
+    /// L1's memory, for its bitmaps.
+    pub l1: &'a dyn L1Physical,
+    /// L1's VMX-preemption timer is in use and has reached zero.
+    pub timer12_expired: bool,
+    /// VMCS12 injected a pending MTF exit (interruption type 7, §27.6.2).
+    pub mtf_injected: bool,
+}
+
+impl Context<'_> {
+    fn pin(&self, control: P) -> bool {
+        P::from_bits_truncate(self.vmcs12.get32(Field::PinControls)).contains(control)
+    }
+    fn primary(&self, control: C) -> bool {
+        primary12(self.vmcs12).contains(control)
+    }
+    fn secondary(&self, control: S) -> bool {
+        secondary12(self.vmcs12).contains(control)
+    }
+    /// A general register as an operand: 32 bits outside 64-bit mode.
+    fn gpr(&self, index: usize) -> u64 {
+        let value = if index & 15 == gpr::RSP { self.guest.rsp } else { self.regs.gpr[index & 15] };
+        if self.is_64bit() { value } else { value & 0xffff_ffff }
+    }
+    fn is_64bit(&self) -> bool {
+        self.guest.efer & efer::LMA != 0 && self.guest.segments[seg::CS].access.long()
+    }
+    fn when(&self, wanted: bool, yes: &'static str, no: &'static str) -> Route {
+        if wanted { l1(yes) } else { l0(no) }
+    }
+}
+
+type Decide = fn(&VmExit, &Context<'_>) -> Route;
+
+/// A rule of the table.
+pub struct Rule {
+    /// The basic exit reason.
+    pub reason: R,
+    /// Where the SDM says when the exit occurs.
+    pub section: &'static str,
+    decide: Decide,
+}
+
+const fn rule(reason: R, section: &'static str, decide: Decide) -> Rule {
+    Rule { reason, section, decide }
+}
+
+/// The rules, in order of exit reason. Sections are of SDM Vol. 3C.
+pub const TABLE: &[Rule] = &[
+    rule(R::ExceptionOrNmi, "26.2", exception_or_nmi),
+    rule(R::ExternalInterrupt, "26.2", |_, _| l0("a kick or a host interrupt; L1's come by L1's local APIC")),
+    rule(R::TripleFault, "26.2", |_, _| l1("a triple fault of L2 exits unconditionally")),
+    rule(R::Init, "26.2", |_, _| l1("INIT exits unconditionally in VMX non-root operation")),
+    rule(R::Sipi, "26.2", |_, _| l1("a start-up IPI in the wait-for-SIPI state exits unconditionally")),
+    rule(R::IoSmi, "32.2", |_, _| l0("SMM is not offered to L1")),
+    rule(R::OtherSmi, "32.2", |_, _| l0("SMM is not offered to L1")),
+    rule(R::InterruptWindow, "26.2", |_, c| {
+        c.when(
+            c.primary(C::INTERRUPT_WINDOW_EXITING),
+            "interrupt-window exiting",
+            "L0 waited to inject an interrupt",
+        )
+    }),
+    rule(R::NmiWindow, "26.2", |_, c| {
+        c.when(c.primary(C::NMI_WINDOW_EXITING), "NMI-window exiting", "L0 waited to inject an NMI")
+    }),
+    rule(R::TaskSwitch, "26.2", |_, _| l1("task switches exit unconditionally")),
+    rule(R::Cpuid, "26.1.2", always),
+    rule(R::Getsec, "26.1.2", always),
+    rule(R::Hlt, "26.1.3", |_, c| {
+        c.when(
+            c.primary(C::HLT_EXITING),
+            "HLT exiting",
+            "L0 gives the host's processor back until an event comes",
+        )
+    }),
+    rule(R::Invd, "26.1.2", always),
+    rule(R::Invlpg, "26.1.3", |_, c| {
+        c.when(c.primary(C::INVLPG_EXITING), "INVLPG exiting", "L0 performs it")
+    }),
+    rule(R::Rdpmc, "26.1.3", |_, c| {
+        c.when(c.primary(C::RDPMC_EXITING), "RDPMC exiting", "L0 answers for the missing counters")
+    }),
+    rule(R::Rdtsc, "26.1.3", |_, c| c.when(c.primary(C::RDTSC_EXITING), "RDTSC exiting", "L0 performs it")),
+    rule(R::Rsm, "26.1.2", always),
+    rule(R::Vmcall, "26.1.2", always),
+    rule(R::Vmclear, "26.1.2", always),
+    rule(R::Vmlaunch, "26.1.2", always),
+    rule(R::Vmptrld, "26.1.2", always),
+    rule(R::Vmptrst, "26.1.2", always),
+    rule(R::Vmread, "26.1.3", |e, c| shadowed(e, c, Field::VmreadBitmap)),
+    rule(R::Vmresume, "26.1.2", always),
+    rule(R::Vmwrite, "26.1.3", |e, c| shadowed(e, c, Field::VmwriteBitmap)),
+    rule(R::Vmxoff, "26.1.2", always),
+    rule(R::Vmxon, "26.1.2", always),
+    rule(R::CrAccess, "26.1.3", cr_access_owner),
+    rule(R::MovDr, "26.1.3", |_, c| c.when(c.primary(C::MOV_DR_EXITING), "MOV-DR exiting", "L0 performs it")),
+    rule(R::IoInstruction, "26.1.3", |e, c| {
+        let q = e.qualification;
+        c.when(
+            io_exits(c.vmcs12, c.l1, io::port(q), io::size(q)),
+            "L1's I/O controls or bitmaps",
+            "L1 gives the port to L2: a device of L1's machine",
+        )
+    }),
+    rule(R::Rdmsr, "26.1.3", |_, c| msr(c, false)),
+    rule(R::Wrmsr, "26.1.3", |_, c| msr(c, true)),
+    rule(R::InvalidGuestState, "27.8", |_, _| l1("the engine refused L2's guest state")),
+    rule(R::MsrLoading, "27.8", |_, _| l1("MSR loading failed")),
+    rule(R::Mwait, "26.1.3", |_, c| c.when(c.primary(C::MWAIT_EXITING), "MWAIT exiting", "L0 performs it")),
+    rule(R::MonitorTrapFlag, "26.5.2", |_, c| {
+        c.when(
+            c.mtf_injected || c.primary(C::MONITOR_TRAP_FLAG),
+            "monitor trap flag, or an injected MTF exit",
+            "L0 steps L2",
+        )
+    }),
+    rule(R::Monitor, "26.1.3", |_, c| {
+        c.when(c.primary(C::MONITOR_EXITING), "MONITOR exiting", "L0 performs it")
+    }),
+    rule(R::Pause, "26.1.3", |_, c| {
+        c.when(
+            c.primary(C::PAUSE_EXITING) || c.secondary(S::PAUSE_LOOP_EXITING),
+            "PAUSE exiting or PAUSE-loop exiting",
+            "L0 goes on",
+        )
+    }),
+    rule(R::MachineCheckOnEntry, "27.9", |_, _| l1("a machine check during VM entry")),
+    rule(R::TprBelowThreshold, "30.1.2", |_, _| l1("the TPR shadow is L1's")),
+    rule(R::ApicAccess, "30.4", |_, _| l1("the APIC-access page is L1's")),
+    rule(R::VirtualizedEoi, "30.1.4", |_, _| l1("virtual-interrupt delivery is L1's")),
+    rule(R::GdtrIdtrAccess, "26.1.3", descriptor_table),
+    rule(R::LdtrTrAccess, "26.1.3", descriptor_table),
+    rule(R::EptViolation, "29.3.3.2", ept),
+    rule(R::EptMisconfiguration, "29.3.3.1", ept),
+    rule(R::Invept, "26.1.2", always),
+    rule(R::Rdtscp, "26.1.3", |_, c| {
+        c.when(
+            c.primary(C::RDTSC_EXITING) && c.secondary(S::ENABLE_RDTSCP),
+            "RDTSC exiting",
+            "L0 performs it",
+        )
+    }),
+    rule(R::PreemptionTimer, "26.5.1", |_, c| {
+        c.when(
+            c.pin(P::VMX_PREEMPTION_TIMER) && c.timer12_expired,
+            "L1's VMX-preemption timer reached zero",
+            "a deadline of L0's devices",
+        )
+    }),
+    rule(R::Invvpid, "26.1.2", always),
+    rule(R::Wbinvd, "26.1.3", |_, c| {
+        c.when(c.secondary(S::WBINVD_EXITING), "WBINVD exiting", "the host's caches are not L2's to flush")
+    }),
+    rule(R::Xsetbv, "26.1.2", always),
+    rule(R::ApicWrite, "30.4.3.3", |_, _| l1("the virtual-APIC page is L1's")),
+    rule(R::Rdrand, "26.1.3", |_, c| {
+        c.when(c.secondary(S::RDRAND_EXITING), "RDRAND exiting", "L0 performs it")
+    }),
+    rule(R::Invpcid, "26.1.3", |_, c| {
+        c.when(
+            c.primary(C::INVLPG_EXITING) && c.secondary(S::ENABLE_INVPCID),
+            "INVLPG exiting",
+            "L0 performs it",
+        )
+    }),
+    rule(R::Vmfunc, "26.5.6.2", vm_function),
+    rule(R::Encls, "26.1.3", |_, _| l0("ENCLS exiting is not offered to L1")),
+    rule(R::Rdseed, "26.1.3", |_, c| {
+        c.when(c.secondary(S::RDSEED_EXITING), "RDSEED exiting", "L0 performs it")
+    }),
+    rule(R::PmlFull, "29.3.6", |_, _| l0("the engine's log is L0's; L1's is kept while EPT02 is filled")),
+    rule(R::Xsaves, "26.1.3", xss),
+    rule(R::Xrstors, "26.1.3", xss),
+    rule(R::Umwait, "26.1.3", |_, _| l0("user wait and pause is not offered to L1")),
+    rule(R::Tpause, "26.1.3", |_, _| l0("user wait and pause is not offered to L1")),
+];
+
+/// Who owns `exit`, which L2 caused under VMCS02.
+pub fn route(exit: &VmExit, context: &Context<'_>) -> Route {
+    match TABLE.binary_search_by_key(&exit.reason, |r| r.reason).ok().and_then(|i| TABLE.get(i)) {
+        Some(rule) => (rule.decide)(exit, context),
+        // Not reached: the table has a rule for each reason, which a test makes sure of.
+        None => l1("L1 gets what nobody claims"),
+    }
+}
+
+/// Who must act on a fault of the composition.
+pub fn of_fault(fault: &Fault) -> Route {
+    match fault {
+        Fault::L1Violation { .. } => l1("EPT12 does not allow the access"),
+        Fault::L1Misconfiguration { .. } => l1("an entry of EPT12 is misconfigured"),
+        Fault::L1LogFull => l1("L1's page-modification log is full"),
+        Fault::L0 { .. } => l0("L1 allows the access; there L1 itself has no memory"),
+        Fault::Retry => l0("tables changed during the walk: L2 tries again"),
+    }
+}
+
+fn always(_: &VmExit, _: &Context<'_>) -> Route {
+    l1("the instruction exits unconditionally")
+}
+
+/// Whether an exception with this vector and error code exits to L1 (§26.2, §25.6.3).
+pub fn exception_exits(vmcs12: &Vmcs12, vector: u8, error_code: u32) -> bool {
+    if vector == exception::PF {
+        return PageFaultFilter::of(vmcs12).exits(error_code);
+    }
+    vmcs12.get(Field::ExceptionBitmap) & 1 << (vector & 31) != 0
+}
+
+fn exception_or_nmi(exit: &VmExit, c: &Context<'_>) -> Route {
+    let info = exit.interruption_info;
+    if info.event_type() == EventType::Nmi {
+        return l0("an NMI of the host; L1's come by L1's local APIC");
+    }
+    c.when(
+        exception_exits(c.vmcs12, info.vector(), exit.interruption_error_code),
+        "exception bitmap",
+        "L1 leaves the exception to L2",
+    )
+}
+
+fn descriptor_table(_: &VmExit, c: &Context<'_>) -> Route {
+    c.when(c.secondary(S::DTABLE_EXITING), "descriptor-table exiting", "L0 performs it")
+}
+
+fn msr(c: &Context<'_>, write: bool) -> Route {
+    c.when(
+        msr_exits(c.vmcs12, c.l1, c.regs.gpr[gpr::RCX] as u32, write),
+        "L1's MSR bitmap",
+        "L1 gives the MSR to L2: L0 treats it as L1's own",
+    )
+}
+
+fn ept(_: &VmExit, c: &Context<'_>) -> Route {
+    if c.secondary(S::ENABLE_EPT) {
+        Route { owner: Owner::Composition, why: "EPT12 or EPT01: composing them tells" }
+    } else {
+        l0("L1 does not use EPT, so the tables are EPT01")
+    }
+}
+
+/// VMREAD and VMWRITE with VMCS shadowing (§26.1.3): they exit to L1 if bits 63:15 of the encoding
+/// are not 0 or the bitmap has the bit for bits 14:0. Else L0 accesses L1's shadow VMCS.
+fn shadowed(exit: &VmExit, c: &Context<'_>, bitmap: Field) -> Route {
+    if !c.secondary(S::VMCS_SHADOWING) {
+        return l1("no VMCS shadowing: the instruction exits unconditionally");
+    }
+    let encoding = c.gpr((exit.instruction_info >> 28) as usize);
+    let byte = encoding / 8;
+    let exits = byte >= vmcs_page::BITMAP_SIZE as u64 || {
+        let at = memory::L1Gpa(c.vmcs12.get(bitmap)).page_base().offset(byte);
+        c.l1.read_u8(at) & 1 << (encoding % 8) != 0
+    };
+    c.when(exits, "L1's VMREAD or VMWRITE bitmap", "L0 accesses L1's shadow VMCS")
+}
+
+/// VMFUNC (§26.5.6.2): an exit if the function is not enabled, else L0 performs it. EPTP switching
+/// with an invalid list entry exits too, which L0 finds out when it performs it.
+fn vm_function(_: &VmExit, c: &Context<'_>) -> Route {
+    let function = c.regs.gpr[gpr::RAX] as u32;
+    let enabled = c.vmcs12.get(Field::VmFunctionControls) & VMFUNC_EPTP_SWITCHING;
+    c.when(
+        function >= 64 || enabled & 1u64.checked_shl(function).unwrap_or(0) == 0,
+        "the VM function is not enabled",
+        "L0 switches EPTP12",
+    )
+}
+
+/// XSAVES and XRSTORS (§26.1.3): EDX:EAX, IA32_XSS and the XSS-exiting bitmap have a bit in
+/// common.
+fn xss(_: &VmExit, c: &Context<'_>) -> Route {
+    let requested = c.regs.gpr[gpr::RDX] << 32 | c.regs.gpr[gpr::RAX] & 0xffff_ffff;
+    let exits = requested & c.regs.msrs.xss & c.vmcs12.get(Field::XssExitBitmap) != 0;
+    c.when(exits, "L1's XSS-exiting bitmap", "L0 performs it")
+}
+
+/// CR accesses (§26.1.3). What is L0's is a change of a bit that VMX operation fixes or that L1 was not
+/// offered: #GP(0) for L2; or CR8, which is L1's local APIC's.
+fn cr_access_owner(exit: &VmExit, c: &Context<'_>) -> Route {
+    let q = exit.qualification;
+    let mask = |mask, shadow| CrMask { mask: c.vmcs12.get(mask), shadow: c.vmcs12.get(shadow) };
+    let cr0_12 = mask(Field::Cr0Mask, Field::Cr0Shadow);
+    let cr4_12 = mask(Field::Cr4Mask, Field::Cr4Shadow);
+    const FIXED: &str = "not a bit of L1's: #GP(0), it is fixed in VMX operation or not offered";
+    match (cr_access::kind(q), cr_access::cr(q)) {
+        (cr_access::Kind::MovTo, 0) => {
+            c.when(cr0_12.exits(c.gpr(cr_access::gpr(q))), "CR0 guest/host mask", FIXED)
+        }
+        (cr_access::Kind::MovTo, 4) => {
+            c.when(cr4_12.exits(c.gpr(cr_access::gpr(q))), "CR4 guest/host mask", FIXED)
+        }
+        (cr_access::Kind::MovTo, 3) => {
+            let value = c.gpr(cr_access::gpr(q));
+            let count = c.vmcs12.get(Field::Cr3TargetCount) as usize;
+            let target = CR3_TARGETS.iter().take(count).any(|f| c.vmcs12.get(*f) == value);
+            c.when(c.primary(C::CR3_LOAD_EXITING) && !target, "CR3-load exiting", "L0 performs it")
+        }
+        (cr_access::Kind::MovTo, 8) => {
+            c.when(c.primary(C::CR8_LOAD_EXITING), "CR8-load exiting", "CR8 is L1's local APIC's")
+        }
+        (cr_access::Kind::MovFrom, 3) => {
+            c.when(c.primary(C::CR3_STORE_EXITING), "CR3-store exiting", "L0 performs it")
+        }
+        (cr_access::Kind::MovFrom, 8) => {
+            c.when(c.primary(C::CR8_STORE_EXITING), "CR8-store exiting", "CR8 is L1's local APIC's")
+        }
+        (cr_access::Kind::Clts, _) => {
+            c.when(cr0_12.mask & cr0_12.shadow & cr0::TS != 0, "CR0 guest/host mask", FIXED)
+        }
+        (cr_access::Kind::Lmsw, _) => {
+            c.when(lmsw_exits(cr0_12, q >> 16 & 0xffff), "CR0 guest/host mask", FIXED)
+        }
+        _ => l1("no such control register is masked by L0"),
+    }
+}
+
+/// LMSW (§26.1.3): for MP, EM and TS a difference from the shadow in a masked bit; PE only if it would be
+/// set.
+fn lmsw_exits(cr0_12: CrMask, source: u64) -> bool {
+    let low = cr0::MP | cr0::EM | cr0::TS;
+    (source ^ cr0_12.shadow) & cr0_12.mask & low != 0 || cr0_12.mask & source & !cr0_12.shadow & cr0::PE != 0
+}
