@@ -3,8 +3,9 @@
 //! Outside [`crate::vmentry`] nothing here knows of a VMCS; between VM entry and exit
 //! this struct is the processor.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use engine::{Activity, Controls, DescriptorTable, ExitBus, FpuState, Msrs, Segment, VmExit};
 use iced_x86::Register;
@@ -186,6 +187,10 @@ pub struct Cpu {
     pub timer_deadline: Option<u64>,
     /// Execute the next instruction alone (single step, interrupt shadow, own-code write).
     pub single: bool,
+    /// Virtual interrupts and the APIC-access page.
+    pub virtual_apic: crate::system::virtual_apic::VirtualApic,
+    /// Where fields are in a shadow VMCS.
+    pub shadow_layout: Arc<crate::system::shadow_vmcs::ShadowLayout>,
     /// What is remembered between instruction boundaries.
     pub boundary: crate::system::pending::Boundary,
     /// Execute the next instruction alone although nothing else asks for it.
@@ -229,6 +234,31 @@ pub struct Shared {
     pub kicked: AtomicBool,
     /// Invalidations asked for by others wait.
     pub invalidate: AtomicBool,
+    /// Where an inactive guest's thread waits for either.
+    parking: Mutex<()>,
+    wake: Condvar,
+}
+
+impl Shared {
+    /// Makes the run loop look at what was just stored, also from an inactive guest's wait.
+    pub fn notify(&self) {
+        self.limit.store(0, Ordering::SeqCst);
+        // With the lock held, the waiter has either not yet looked or waits.
+        drop(self.parking.lock().unwrap_or_else(|e| e.into_inner()));
+        self.wake.notify_all();
+    }
+
+    /// Waits until someone kicked or asked for an invalidation, at most for `timeout`.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) {
+        let idle = |(): &mut ()| {
+            !self.kicked.load(Ordering::SeqCst) && !self.invalidate.load(Ordering::SeqCst)
+        };
+        let guard = self.parking.lock().unwrap_or_else(|e| e.into_inner());
+        match timeout {
+            Some(t) => drop(self.wake.wait_timeout_while(guard, t, idle)),
+            None => drop(self.wake.wait_while(guard, idle)),
+        }
+    }
 }
 
 impl Cpu {
@@ -359,7 +389,8 @@ impl Cpu {
         // TF and RF make the next instruction run alone; IF opens the interrupt window. A kick
         // asks for a check itself.
         let window = !old & new & rflags::IF != 0
-            && self.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING);
+            && (self.virtual_apic.recognized
+                || self.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING));
         if window || (old | new) & (rflags::TF | rflags::RF) != 0 {
             self.request_event_check();
         }

@@ -323,6 +323,8 @@ enum Target {
     Memory(*mut u8),
     /// The exit bus, at this guest-physical address.
     Bus(u64),
+    /// The APIC-access page.
+    Apic,
 }
 
 /// How the linear address is accessed.
@@ -664,7 +666,9 @@ impl Cpu {
         let mut at = linear;
         let end = linear.wrapping_add(len.max(1) as u64 - 1);
         loop {
-            self.target(how, at)?;
+            if let Target::Apic = self.target(how, at)? {
+                self.check_apic_access(access, at, (end.wrapping_sub(at)) as usize + 1)?;
+            }
             if at & !0xfff == end & !0xfff {
                 return Ok(());
             }
@@ -702,7 +706,7 @@ impl Cpu {
                 Ok((!self.memory.is_code_page(page)).then_some(p))
             }
             Target::Memory(p) => Ok(Some(p)),
-            Target::Bus(_) => Ok(None),
+            Target::Bus(_) | Target::Apic => Ok(None),
         }
     }
 
@@ -731,11 +735,15 @@ impl Cpu {
         }
         let mask = if self.is_64() { u64::MAX } else { 0xffff_ffff };
         // Check every page before the first byte moves.
-        let mut at = first;
-        self.target(how, linear)?;
+        let (mut at, mut next) = (0, first);
         while at < buf.len() {
-            self.target(how, linear.wrapping_add(at as u64) & mask)?;
-            at += 0x1000;
+            let linear = linear.wrapping_add(at as u64) & mask;
+            if let Target::Apic = self.target(how, linear)? {
+                // No access across a page boundary is virtualized.
+                self.check_apic_access(how.access, linear, buf.len())?;
+            }
+            at = next;
+            next += 0x1000;
         }
         let (mut done, mut end) = (0, first);
         while done < buf.len() {
@@ -749,7 +757,7 @@ impl Cpu {
     }
 
     /// Moves bytes that lie within one page.
-    fn transfer_at(&mut self, how: How, target: Target, _linear: u64, buf: &mut [u8]) -> Exec {
+    fn transfer_at(&mut self, how: How, target: Target, linear: u64, buf: &mut [u8]) -> Exec {
         match target {
             Target::Memory(p) if how.access == Access::Write => {
                 let machine = p as u64 - self.mmu.mem_base;
@@ -770,6 +778,17 @@ impl Cpu {
             }
             Target::Bus(gpa) => {
                 self.bus_access(how.access, gpa, buf);
+                Ok(())
+            }
+            Target::Apic => {
+                self.check_apic_access(how.access, linear, buf.len())?;
+                if how.access != Access::Write {
+                    self.apic_page_read(linear, buf);
+                    return Ok(());
+                }
+                // What the write causes comes right after its instruction, which so must run alone.
+                self.require_alone()?;
+                self.apic_page_write(linear, buf);
                 Ok(())
             }
         }
@@ -864,6 +883,10 @@ impl Cpu {
                 ..VmExit::new(ExitReason::EptViolation)
                     .qualified(ept_violation::FETCH | ept_violation::LINEAR_VALID | ept_violation::TRANSLATED)
             })),
+            Target::Apic => {
+                self.check_apic_access(Access::Fetch, linear, 1)?;
+                Err(Stop(()))
+            }
         }
     }
 
@@ -891,7 +914,7 @@ impl Cpu {
                     self.remember(page, context, t);
                     t
                 }
-                Err(gpa) => return Ok(Target::Bus(gpa)),
+                Err(other) => return Ok(other),
             },
         };
         self.fill(how, page, t);
@@ -964,9 +987,8 @@ impl Cpu {
         self.cr4 & cr4::SMAP != 0 && self.cr0 & cr0::PG != 0
     }
 
-    /// The page walk of the current paging mode. `Ok(Err(gpa))`: the page is not memory and
-    /// the bus takes it.
-    fn walk(&mut self, how: How, linear: u64) -> Exec<Result<Translation, u64>> {
+    /// The page walk of the current paging mode. `Ok(Err(_))`: the page is not memory.
+    fn walk(&mut self, how: How, linear: u64) -> Exec<Result<Translation, Target>> {
         self.mmu.walks += 1;
         if self.cr0 & cr0::PG == 0 {
             let all = tf::USER | tf::WRITE;
@@ -1162,7 +1184,7 @@ impl Cpu {
         gpa: u64,
         flags: u16,
         dirty: bool,
-    ) -> Exec<Result<Translation, u64>> {
+    ) -> Exec<Result<Translation, Target>> {
         // Under mode-based execute control a fetch needs the right of its linear address's mode
         // (SDM Vol. 3C §29.3.3.2); without it the walk gives both the same value.
         let execute = if flags & tf::USER != 0 { ept::XU } else { ept::X };
@@ -1172,9 +1194,14 @@ impl Cpu {
             Access::Fetch => execute,
         };
         match self.ept_lookup(gpa & !0xfff, access) {
+            Ok((machine, _)) if self.is_apic_page(machine) => Ok(Err(Target::Apic)),
             Ok((machine, rights)) => {
                 if !self.mmu.is_memory(machine, 0x1000) {
-                    return if self.bus.is_some() { Ok(Err(gpa)) } else { Err(self.no_memory(gpa, linear)) };
+                    return if self.bus.is_some() {
+                        Ok(Err(Target::Bus(gpa)))
+                    } else {
+                        Err(self.no_memory(gpa, linear))
+                    };
                 }
                 let mut f = flags;
                 for (bit, flag) in [(ept::R, tf::EPT_R), (ept::W, tf::EPT_W), (execute, tf::EPT_X)] {
@@ -1187,7 +1214,9 @@ impl Cpu {
                 }
                 Ok(Ok(Translation { machine, flags: f }))
             }
-            Err(miss) if miss.violation && self.bus.is_some() && how.access != Access::Fetch => Ok(Err(gpa)),
+            Err(miss) if miss.violation && self.bus.is_some() && how.access != Access::Fetch => {
+                Ok(Err(Target::Bus(gpa)))
+            }
             Err(mut miss) => {
                 miss.exit.guest_linear = linear;
                 miss.exit.guest_physical = Gpa(gpa);
@@ -1259,6 +1288,8 @@ impl Cpu {
 
     fn paging_entry_address(&mut self, how: How, linear: u64, gpa: u64, access: u64) -> Exec<u64> {
         match self.ept_lookup(gpa & !0xfff, access) {
+            // Without EPT the walk goes to what is behind the page (SDM Vol. 3C §30.4.6.2).
+            Ok((machine, _)) if self.ept_on() && self.is_apic_page(machine) => Err(self.physical_apic_access()),
             Ok((machine, _)) if self.mmu.is_memory(machine, 0x1000) => Ok(machine | gpa & 0xfff),
             Ok(_) => Err(self.no_memory(gpa, linear)),
             Err(mut miss) => {

@@ -158,6 +158,22 @@ impl Cpu {
         }
     }
 
+    /// Makes sure that the running instruction is a block of its own, so that what it causes comes
+    /// right after it.
+    ///
+    /// # Errors
+    /// [`Reason::Reexecute`] if it is not.
+    pub(crate) fn require_alone(&mut self) -> Exec {
+        // SAFETY: `block` is null or runs, hence alive.
+        if let Some(b) = unsafe { self.block.as_ref() }
+            && b.mode & MODE_SINGLE == 0
+        {
+            self.reason = Reason::Reexecute;
+            return Err(Stop(()));
+        }
+        Ok(())
+    }
+
     /// A write of `len` bytes, within one page, to a page that holds decoded code. Drops
     /// what it overwrites.
     ///
@@ -184,7 +200,7 @@ impl Cpu {
     }
 
     /// Carries out what other threads asked for.
-    fn take_invalidations(&mut self) {
+    pub(crate) fn take_invalidations(&mut self) {
         let (pages, all) = self.written_pages.take();
         if all {
             self.drop_all_code();

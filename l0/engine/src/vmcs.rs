@@ -229,6 +229,8 @@ pub struct Controls {
     pub vmread_bitmap: MachineAddr,
     /// VMWRITE bitmap.
     pub vmwrite_bitmap: MachineAddr,
+    /// The shadow VMCS (the VMCS link pointer); all ones if there is none.
+    pub shadow_vmcs: MachineAddr,
     /// PML address.
     pub pml: MachineAddr,
     /// XSS-exiting bitmap.
@@ -277,6 +279,7 @@ impl Default for Controls {
             eptp_list: MachineAddr(0),
             vmread_bitmap: MachineAddr(0),
             vmwrite_bitmap: MachineAddr(0),
+            shadow_vmcs: MachineAddr(u64::MAX),
             pml: MachineAddr(0),
             xss_exit_bitmap: 0,
             entry_interruption: InterruptionInfo::NONE,

@@ -13,9 +13,13 @@ use x86_spec::controls::{
 /// The preemption timer counts down once every 2^5 TSC ticks.
 pub const PREEMPTION_TIMER_SHIFT: u8 = 5;
 
-/// Pin-based controls beyond the default-1 ones.
-const PIN: P =
-    P::EXTERNAL_INTERRUPT_EXITING.union(P::NMI_EXITING).union(P::VIRTUAL_NMIS).union(P::VMX_PREEMPTION_TIMER);
+/// Pin-based controls beyond the default-1 ones. Posted interrupts are L0's to process
+/// ([`engine::post_interrupts`]).
+const PIN: P = P::EXTERNAL_INTERRUPT_EXITING
+    .union(P::NMI_EXITING)
+    .union(P::VIRTUAL_NMIS)
+    .union(P::VMX_PREEMPTION_TIMER)
+    .union(P::POSTED_INTERRUPTS);
 
 const PRIMARY: C = C::INTERRUPT_WINDOW_EXITING
     .union(C::USE_TSC_OFFSETTING)
@@ -39,14 +43,20 @@ const PRIMARY: C = C::INTERRUPT_WINDOW_EXITING
     .union(C::PAUSE_EXITING)
     .union(C::SECONDARY_CONTROLS);
 
-const SECONDARY: S = S::ENABLE_EPT
+const SECONDARY: S = S::VIRTUALIZE_APIC
+    .union(S::ENABLE_EPT)
     .union(S::DTABLE_EXITING)
     .union(S::ENABLE_RDTSCP)
+    .union(S::VIRTUALIZE_X2APIC)
     .union(S::ENABLE_VPID)
     .union(S::WBINVD_EXITING)
     .union(S::UNRESTRICTED_GUEST)
+    .union(S::VIRTUALIZE_APIC_REGISTER)
+    .union(S::VIRTUAL_INTERRUPT_DELIVERY)
+    .union(S::PAUSE_LOOP_EXITING)
     .union(S::RDRAND_EXITING)
     .union(S::ENABLE_INVPCID)
+    .union(S::ENABLE_VM_FUNCTIONS)
     .union(S::RDSEED_EXITING)
     .union(S::ENABLE_PML)
     .union(S::ENABLE_XSAVES_XRSTORS)

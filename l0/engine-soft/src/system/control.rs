@@ -2,7 +2,6 @@
 //!
 //! Not supported: CR4 bits outside [`SUPPORTED_CR4`] (#GP), debug extensions for RTM.
 
-use engine::VmExit;
 use iced_x86::{Instruction, OpKind, Register};
 use x86_spec::controls::{PrimaryControls, SecondaryControls};
 use x86_spec::exception;
@@ -134,9 +133,6 @@ fn mov_from_cr(cpu: &mut Cpu, i: &Instruction) -> Exec {
     Ok(())
 }
 
-/// Offset of the task-priority register in the virtual-APIC page (SDM Vol. 3C §30.1.1).
-const VTPR: u64 = 0x80;
-
 impl Cpu {
     /// CR0 as the guest reads it (SDM Vol. 3C §25.6.6).
     pub(crate) fn visible_cr0(&self) -> u64 {
@@ -148,33 +144,6 @@ impl Cpu {
     pub(crate) fn visible_cr4(&self) -> u64 {
         let c = &self.controls;
         self.cr4 & !c.cr4_mask | c.cr4_shadow & c.cr4_mask
-    }
-
-    /// The task priority, 0–15: VTPR's upper half with a TPR shadow, else CR8.
-    pub(crate) fn read_tpr(&self) -> u8 {
-        if self.primary(PrimaryControls::USE_TPR_SHADOW) {
-            let mut b = [0];
-            // Outside machine memory nothing answers: reads give zero.
-            let _ = self.memory.read(self.controls.virtual_apic.offset(VTPR), &mut b);
-            b[0] >> 4
-        } else {
-            (self.cr8 & 15) as u8
-        }
-    }
-
-    /// MOV to CR8 that doesn't exit (SDM Vol. 3C §30.3).
-    fn write_tpr(&mut self, value: u64) {
-        if !self.primary(PrimaryControls::USE_TPR_SHADOW) {
-            self.cr8 = value;
-            return;
-        }
-        // A virtual-APIC page outside machine memory swallows writes.
-        let _ = self.memory.write(self.controls.virtual_apic.offset(VTPR), &[(value as u8) << 4, 0, 0, 0]);
-        if (value as u32) < self.controls.tpr_threshold & 15 {
-            // Trap-like: the instruction has completed (SDM Vol. 3C §30.1.2).
-            self.boundary.trap_exit = Some(VmExit::new(ExitReason::TprBelowThreshold));
-            self.request_event_check();
-        }
     }
 
     /// MOV to CR0 with the value that really goes there.

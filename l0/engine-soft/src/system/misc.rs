@@ -1,8 +1,7 @@
 //! CPUID, time-stamp counter, cache and TLB control, MONITOR/MWAIT, PAUSE, random numbers
 //! (SDM Vol. 2, Vol. 3C §26.1).
 //!
-//! Not supported: PAUSE-loop exiting (not reported), performance counters (RDPMC is #GP
-//! where it doesn't exit), MWAIT's wait (it completes at once where it doesn't exit).
+//! Not supported: performance counters (RDPMC is #GP where it doesn't exit), MWAIT's wait (it completes at once where it doesn't exit).
 
 use std::sync::atomic::{Ordering, fence as memory_fence};
 
@@ -187,9 +186,24 @@ pub(super) fn pause(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.primary(PrimaryControls::PAUSE_EXITING) {
         return Err(cpu.instruction_exit(i, ExitReason::Pause));
     }
+    if cpu.cpl == 0 && cpu.secondary(SecondaryControls::PAUSE_LOOP_EXITING) && pause_loop(cpu) {
+        return Err(cpu.instruction_exit(i, ExitReason::Pause));
+    }
     // A spinning guest gives way to other vCPU threads.
     std::hint::spin_loop();
     Ok(())
+}
+
+/// PAUSE-loop exiting (SDM Vol. 3C §26.1.3): whether this PAUSE at CPL 0 comes more than PLE_Window
+/// after the first of its loop, a loop being PAUSEs no more than PLE_Gap apart.
+fn pause_loop(cpu: &mut Cpu) -> bool {
+    let now = host_tsc();
+    let first = match cpu.boundary.pause_loop {
+        Some((last, first)) if now.saturating_sub(last) <= cpu.controls.ple_gap as u64 => first,
+        _ => now,
+    };
+    cpu.boundary.pause_loop = Some((now, first));
+    now.saturating_sub(first) > cpu.controls.ple_window as u64
 }
 
 /// Destination and operand size as RDRAND's and RDSEED's exit reports them (SDM Vol. 3C

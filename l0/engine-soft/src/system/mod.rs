@@ -20,12 +20,16 @@ mod misc;
 mod msr;
 pub mod pending;
 mod segment;
+pub mod shadow_vmcs;
 mod stack;
 mod syscall;
 mod tables;
+pub mod virtual_apic;
 pub mod vmentry;
 mod vmx;
 
+#[cfg(test)]
+mod apic_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -75,7 +75,10 @@ pub(super) fn rdmsr(cpu: &mut Cpu, i: &Instruction) -> Exec {
         n::GS_BASE => cpu.segments[seg::GS].base,
         n::KERNEL_GS_BASE => cpu.msrs.kernel_gs_base,
         n::IA32_TSC_AUX_MSR => cpu.msrs.tsc_aux,
-        _ => return Err(cpu.gp(0)),
+        _ => match cpu.read_x2apic(msr) {
+            Some(value) => value,
+            None => return Err(cpu.gp(0)),
+        },
     };
     cpu.set_gpr(gpr::RAX, value & 0xffff_ffff);
     cpu.set_gpr(gpr::RDX, value >> 32);
@@ -90,6 +93,9 @@ pub(super) fn wrmsr(cpu: &mut Cpu, i: &Instruction) -> Exec {
         return Err(cpu.instruction_exit(i, ExitReason::Wrmsr));
     }
     let value = cpu.gpr(gpr::RAX) & 0xffff_ffff | cpu.gpr(gpr::RDX) << 32;
+    if cpu.write_x2apic(msr, value)? {
+        return Ok(());
+    }
     match msr {
         n::IA32_SYSENTER_CS => cpu.sysenter[0] = value & 0xffff_ffff,
         n::IA32_SYSENTER_ESP if canonical(value) => cpu.sysenter[1] = value,

@@ -3,8 +3,9 @@
 //! Data breakpoints are found by the MMU, which caches no translation while one is enabled; I/O
 //! breakpoints by decoding the next instruction before it runs.
 //!
-//! Not supported: SMIs, INIT and start-up IPIs (L0 resets vCPUs itself), branch trapping
-//! (IA32_DEBUGCTL.BTF), virtual-interrupt delivery.
+//! INIT signals and start-up IPIs come to L0, which kicks; it makes their exits itself.
+//!
+//! Not supported: SMIs, branch trapping (IA32_DEBUGCTL.BTF).
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,8 +18,9 @@ use x86_spec::exit::ExitReason;
 use x86_spec::reg::{cr4, dr, gpr, rflags};
 use x86_spec::segment::seg;
 
-use super::capabilities::host_tsc;
+use super::capabilities::{host_tsc, tsc_frequency};
 use super::event::deliver;
+use super::virtual_apic::deliver_virtual_interrupt;
 use crate::cpu::{CodeSize, Cpu, Event, Exec, Reason};
 
 /// What the processor remembers from one instruction boundary to the next.
@@ -42,6 +44,8 @@ pub struct Boundary {
     pub(crate) data_watch: bool,
     /// DR7 enables an instruction breakpoint.
     pub(super) instruction_breakpoints: bool,
+    /// TSC at the last PAUSE at CPL 0 and at the first of its loop.
+    pub(super) pause_loop: Option<(u64, u64)>,
 }
 
 const SHADOW: u32 = interruptibility::STI | interruptibility::MOV_SS;
@@ -55,7 +59,7 @@ impl Cpu {
         // Whatever looks before the next instruction has completed sees the shadow, and whatever
         // looks later ends it. Only an open window is waited for to the instruction.
         let windows = PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING;
-        if self.controls.primary.intersects(windows) {
+        if self.controls.primary.intersects(windows) || self.virtual_apic.recognized {
             self.request_event_check();
         }
     }
@@ -157,17 +161,33 @@ pub fn check(cpu: &mut Cpu) -> Exec {
     loop {
         preemption_timer(cpu)?;
         windows(cpu)?;
+        if deliver_virtual_interrupt(cpu)? {
+            // The handler's first instruction has a boundary of its own.
+            return check(cpu);
+        }
         kick(cpu)?;
         if cpu.activity == Activity::Active {
             break;
         }
-        // Nothing else can wake an inactive guest here; the poll keeps the timer exact to
-        // a fraction of what a host timer gives.
-        std::thread::sleep(Duration::from_micros(20));
+        wait(cpu);
     }
     instruction_breakpoint(cpu)?;
     prepare_next(cpu);
     Ok(())
+}
+
+/// Waits, with an inactive guest, for what may end that: a kick, an invalidation, the preemption
+/// timer. Nothing else can: virtual interrupts come only from the guest itself.
+fn wait(cpu: &mut Cpu) {
+    let left = cpu.timer_deadline.map(|deadline| {
+        let ticks = deadline.saturating_sub(host_tsc()) as u128;
+        let nanos = (ticks * 1_000_000_000).div_ceil(tsc_frequency() as u128);
+        Duration::from_nanos(nanos.min(u64::MAX as u128) as u64)
+    });
+    cpu.shared.wait(left);
+    if cpu.shared.invalidate.swap(false, Ordering::SeqCst) {
+        cpu.take_invalidations();
+    }
 }
 
 /// The trap-like exit that the instruction executed by [`engine::Vcpu::emulate`] left pending:
@@ -179,6 +199,7 @@ pub fn take_exit(cpu: &mut Cpu) -> Option<VmExit> {
 
 /// Ends the shadow, TF, MTF and RF of the instruction that completed.
 pub(super) fn finish_previous(cpu: &mut Cpu) {
+    cpu.finish_apic_write();
     let now = cpu.icount;
     let completed = |at: &mut Option<u64>| at.take().is_some_and(|at| at != now);
     if cpu.interruptibility & SHADOW != 0 && cpu.boundary.shadow_at != now {
@@ -306,7 +327,7 @@ fn overlaps(address: u64, length: u8, start: u64, len: u64) -> bool {
 }
 
 /// The instruction at RIP, if it can be fetched. A fault is left to the real fetch.
-fn next_instruction(cpu: &mut Cpu) -> Option<Instruction> {
+pub(super) fn next_instruction(cpu: &mut Cpu) -> Option<Instruction> {
     let mut bytes = [0u8; 15];
     let mut have = 0;
     while have < bytes.len() {

@@ -137,6 +137,7 @@ pub fn load(cpu: &mut Cpu, vmcs: &EngineVmcs, regs: &mut GuestRegs) -> Result<()
         .contains(PinbasedControls::VMX_PREEMPTION_TIMER)
         .then(|| host_tsc().saturating_add((g.preemption_timer as u64) << PREEMPTION_TIMER_SHIFT));
     cpu.boundary_reset();
+    cpu.enter_virtual_apic(g.interrupt_status);
     std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
     Ok(())
 }
@@ -225,6 +226,13 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     g.interruptibility = cpu.interruptibility;
     g.pending_debug = cpu.pending_debug;
     g.pml_index = cpu.pml_index;
+    if cpu.secondary(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY) {
+        g.interrupt_status = cpu.interrupt_status();
+    }
+    if cpu.secondary(SecondaryControls::ENABLE_VM_FUNCTIONS) {
+        // EPTP switching changes the VMCS (SDM Vol. 3C §26.5.6.3).
+        vmcs.controls.eptp = cpu.controls.eptp;
+    }
     if cpu.secondary(SecondaryControls::ENABLE_EPT) {
         g.pdptes = cpu.pdptes;
     }

@@ -1,14 +1,16 @@
-//! Instructions that always exit from non-root operation: VMX's own, RSM and GETSEC (SDM
-//! Vol. 3C §26.1.2). The exit comes before the CPL check, which is the hypervisor's to do.
+//! VMX's own instructions in non-root operation, RSM and GETSEC (SDM Vol. 3C §26.1.2, §26.5.6). The
+//! exit comes before the CPL check, which is the hypervisor's to do.
 //!
-//! Not supported: VMCS shadowing (VMREAD and VMWRITE always exit), VM functions, SMM, SMX.
+//! Not supported: VM functions other than EPTP switching, SMM, SMX.
 
 use iced_x86::{Instruction, OpKind};
 use x86_spec::controls::SecondaryControls;
+use x86_spec::ept;
 use x86_spec::exit::ExitReason;
 use x86_spec::reg::{cr4, gpr};
 
 use super::info::operand_exit;
+use super::shadow_vmcs;
 use crate::cpu::{Cpu, Exec};
 
 /// #UD in real mode, virtual-8086 mode and compatibility mode (SDM Vol. 3D chapter 31).
@@ -48,12 +50,40 @@ pub(super) fn vmcall(cpu: &mut Cpu, i: &Instruction) -> Exec {
     Err(cpu.instruction_exit(i, ExitReason::Vmcall))
 }
 
-/// VMFUNC: no function is offered.
+/// VMFUNC, at any privilege (SDM Vol. 3C §26.5.6.2).
 pub(super) fn vmfunc(cpu: &mut Cpu, i: &Instruction) -> Exec {
-    if !cpu.secondary(SecondaryControls::ENABLE_VM_FUNCTIONS) {
+    let function = cpu.gpr(gpr::RAX) as u32;
+    if !cpu.secondary(SecondaryControls::ENABLE_VM_FUNCTIONS) || function >= 64 {
         return Err(cpu.ud());
     }
+    if function == EPTP_SWITCHING && cpu.controls.vm_functions & 1 << EPTP_SWITCHING != 0 {
+        if let Some(eptp) = listed_eptp(cpu, cpu.gpr(gpr::RCX) as u32) {
+            cpu.controls.eptp = eptp;
+            // Translations are tagged with the EPTP: nothing is to be flushed.
+            cpu.mmu_reselect();
+            return Ok(());
+        }
+    }
     Err(cpu.instruction_exit(i, ExitReason::Vmfunc))
+}
+
+/// The VM function that switches EPTPs.
+const EPTP_SWITCHING: u32 = 0;
+
+/// Entry `index` of the EPTP list, if it exists and VM entry would accept it (SDM Vol. 3C
+/// §26.5.6.3, §27.2.1.1): write-back or uncacheable, 4 levels, no reserved bit.
+fn listed_eptp(cpu: &Cpu, index: u32) -> Option<u64> {
+    if index >= 512 {
+        return None;
+    }
+    let eptp = cpu.memory.read_u64(cpu.controls.eptp_list.offset(index as u64 * 8)).ok()?;
+    let defined = 7 | 7 << 3 | ept::EPTP_AD | ((1 << super::MAX_PHYSICAL_BITS) - 1) & !0xfff;
+    let valid = matches!(eptp & 7, ept::MEMTYPE_UC | ept::MEMTYPE_WB)
+        && eptp & 7 << 3 == ept::EPTP_WALK4
+        && eptp & !defined == 0;
+    // With page-modification logging, accessed and dirty flags can't be off.
+    let pml = cpu.secondary(SecondaryControls::ENABLE_PML);
+    (valid && (!pml || eptp & ept::EPTP_AD != 0)).then_some(eptp)
 }
 
 /// VMLAUNCH.
@@ -88,6 +118,9 @@ pub(super) fn vmxon(cpu: &mut Cpu, i: &Instruction) -> Exec {
 /// VMREAD: operand 0 receives, operand 1 (bits 31:28) holds the encoding.
 pub(super) fn vmread(cpu: &mut Cpu, i: &Instruction) -> Exec {
     check_mode(cpu)?;
+    if !shadow_vmcs::exits(cpu, i.op1_register(), false) {
+        return shadow_vmcs::vmread(cpu, i);
+    }
     let reg2 = (i.op1_register().number() as u32) << 28;
     Err(operand_exit(cpu, i, ExitReason::Vmread, 0, reg2))
 }
@@ -95,6 +128,9 @@ pub(super) fn vmread(cpu: &mut Cpu, i: &Instruction) -> Exec {
 /// VMWRITE: operand 0 (bits 31:28) holds the encoding, operand 1 the value.
 pub(super) fn vmwrite(cpu: &mut Cpu, i: &Instruction) -> Exec {
     check_mode(cpu)?;
+    if !shadow_vmcs::exits(cpu, i.op0_register(), true) {
+        return shadow_vmcs::vmwrite(cpu, i);
+    }
     let reg2 = (i.op0_register().number() as u32) << 28;
     Err(operand_exit(cpu, i, ExitReason::Vmwrite, 1, reg2))
 }
