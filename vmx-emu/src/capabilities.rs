@@ -105,10 +105,10 @@ pub const SECONDARY: &[Control] = controls! {
     11 "RDRAND exiting" Engine;
     12 "Enable INVPCID" Engine;
     13 "Enable VM functions" Engine;
-    14 "VMCS shadowing" Engine;
+    14 "VMCS shadowing" L0;
     15 "Enable ENCLS exiting" Unavailable;
     16 "RDSEED exiting" Engine;
-    17 "Enable PML" Engine;
+    17 "Enable PML" L0;
     18 "EPT-violation #VE" Unavailable;
     19 "Conceal VMX from PT" Unavailable;
     20 "Enable XSAVES/XRSTORS" Engine;

@@ -4,7 +4,8 @@
 //! that the instruction caused. What the hypervisor must then do is the [`Outcome`].
 //!
 //! An exit from L2 is not for here: routing decides first whose it is, and what L2 executes
-//! exits to L1. The exception is VMFUNC, which L0 does on L2's behalf ([`vmfunc`]).
+//! exits to L1. The exceptions are what L0 does on L2's behalf: VMFUNC ([`vmfunc`]), and VMREAD
+//! and VMWRITE with VMCS shadowing ([`shadowed`]).
 //!
 //! Not supported: SMX operation, the dual-monitor treatment of SMM, A20M (the A20 line is
 //! never masked).
@@ -12,6 +13,7 @@
 mod entry;
 mod invept;
 mod invvpid;
+pub mod shadowed;
 mod vmcall;
 mod vmclear;
 pub mod vmfunc;
@@ -25,7 +27,7 @@ mod vmxon;
 #[cfg(test)]
 mod tests;
 
-use engine::VmExit;
+use engine::{LinearFault, VmExit};
 use memory::L1Gpa;
 use x86_spec::exit::ExitReason;
 
@@ -68,10 +70,32 @@ pub enum Outcome {
     Invalidate(Invalidation),
     /// Inject the fault; RIP stays.
     Fault(Fault),
+    /// Handle this exit, which the access to the memory operand caused, then let the
+    /// instruction be executed again; RIP stays.
+    Exit(VmExit),
     /// Go on with VM entry: check controls and host state (their failure completes the
     /// instruction with error 7 or 8), then guest state. RIP is not advanced: where L1 goes on
     /// after L2's exit is host state in its VMCS.
     Enter(EntryKind),
+}
+
+impl From<Fault> for Outcome {
+    fn from(f: Fault) -> Self {
+        Self::Fault(f)
+    }
+}
+
+impl From<LinearFault> for Outcome {
+    fn from(f: LinearFault) -> Self {
+        match f {
+            LinearFault::Exception { vector, error_code, address } => Self::Fault(Fault {
+                vector,
+                error_code,
+                cr2: (vector == x86_spec::exception::PF).then_some(address),
+            }),
+            LinearFault::Exit(exit) => Self::Exit(exit),
+        }
+    }
 }
 
 impl From<VmResult> for Outcome {
@@ -101,13 +125,15 @@ pub fn execute<T: L1 + ?Sized>(
         ExitReason::Invept => invept::invept(state, caps, l1, exit),
         ExitReason::Invvpid => invvpid::invvpid(state, caps, l1, exit),
         ExitReason::Vmcall => vmcall::vmcall(state, l1),
-        ExitReason::Vmfunc => Err(Fault::UD),
+        ExitReason::Vmfunc => Err(Fault::UD.into()),
         _ => return None,
     };
-    Some(result.unwrap_or_else(Outcome::Fault))
+    let (Ok(outcome) | Err(outcome)) = result;
+    Some(outcome)
 }
 
-type Execution = Result<Outcome, Fault>;
+/// What an instruction comes to; an error is one that ended it early.
+type Execution = Result<Outcome, Outcome>;
 
 /// #UD outside protected mode, in virtual-8086 and in compatibility mode, which every VMX
 /// instruction but VMCALL and VMFUNC has (the first condition in each one's pseudo-code).
@@ -135,7 +161,7 @@ fn check_root<T: L1 + ?Sized>(state: &VmxState, l1: &T) -> Result<(), Fault> {
 }
 
 /// The 64-bit physical address in memory that VMXON, VMCLEAR and VMPTRLD take.
-fn pointer_operand<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit) -> Result<L1Gpa, Fault> {
+fn pointer_operand<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit) -> Result<L1Gpa, LinearFault> {
     Ok(L1Gpa(u64::from_le_bytes(operand::read(l1, exit)?)))
 }
 

@@ -1,6 +1,6 @@
 //! What VMX instructions see of L1: its registers and its memory.
 
-use engine::{GuestRegs, GuestState};
+use engine::{GuestRegs, GuestState, LinearFault};
 use x86_spec::exception;
 use x86_spec::reg::{efer, gpr, rflags};
 use x86_spec::segment::seg;
@@ -33,7 +33,15 @@ impl Fault {
     }
 }
 
-/// One logical processor of L1 with its memory, stopped at a VMX instruction.
+impl From<Fault> for LinearFault {
+    fn from(f: Fault) -> Self {
+        Self::Exception { vector: f.vector, error_code: f.error_code, address: f.cr2.unwrap_or(0) }
+    }
+}
+
+/// One logical processor of L1 with its memory, stopped at a VMX instruction: what it is
+/// while L1 runs, that is. For an instruction that L0 executes on L2's behalf, registers
+/// and linear memory are L2's.
 pub trait L1 {
     /// Registers that VMCS01 holds.
     fn guest(&self) -> &GuestState;
@@ -52,14 +60,14 @@ pub trait L1 {
     /// Reads linear memory as a supervisor-mode data access, with all its effects.
     ///
     /// # Errors
-    /// The page fault; `buf` is undefined then.
-    fn read_linear(&mut self, linear: u64, buf: &mut [u8]) -> Result<(), Fault>;
+    /// The exception or exit that the access causes; `buf` is undefined then.
+    fn read_linear(&mut self, linear: u64, buf: &mut [u8]) -> Result<(), LinearFault>;
     /// Writes linear memory as a supervisor-mode data access: all of `buf` or, with a fault,
     /// nothing.
     ///
     /// # Errors
-    /// The page fault.
-    fn write_linear(&mut self, linear: u64, buf: &[u8]) -> Result<(), Fault>;
+    /// The exception or exit that the access causes.
+    fn write_linear(&mut self, linear: u64, buf: &[u8]) -> Result<(), LinearFault>;
 }
 
 /// Questions about L1's mode that many instructions ask.

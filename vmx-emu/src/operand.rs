@@ -5,7 +5,7 @@
 //! lists in Vol. 3D chapter 31). Not here: paging, which [`L1`] does, and alignment checks,
 //! which do not apply at CPL 0.
 
-use engine::{Segment, VmExit};
+use engine::{LinearFault, Segment, VmExit};
 use x86_spec::segment::seg;
 
 use crate::l1::{Fault, L1, L1Ext};
@@ -159,8 +159,8 @@ fn limit_allows(segment: &Segment, effective: u64, last: u64) -> bool {
 /// Reads the memory operand.
 ///
 /// # Errors
-/// The exception that the access raises.
-pub fn read<T: L1 + ?Sized, const N: usize>(l1: &mut T, exit: &VmExit) -> Result<[u8; N], Fault> {
+/// The exception or exit that the access causes.
+pub fn read<T: L1 + ?Sized, const N: usize>(l1: &mut T, exit: &VmExit) -> Result<[u8; N], LinearFault> {
     let linear = linear_address(l1, exit, MemoryAccess::Read, N as u64)?;
     let mut buf = [0; N];
     l1.read_linear(linear, &mut buf)?;
@@ -170,8 +170,8 @@ pub fn read<T: L1 + ?Sized, const N: usize>(l1: &mut T, exit: &VmExit) -> Result
 /// Writes the memory operand.
 ///
 /// # Errors
-/// The exception that the access raises; nothing was written then.
-pub fn write<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: &[u8]) -> Result<(), Fault> {
+/// The exception or exit that the access causes; nothing was written then.
+pub fn write<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: &[u8]) -> Result<(), LinearFault> {
     let linear = linear_address(l1, exit, MemoryAccess::Write, value.len() as u64)?;
     l1.write_linear(linear, value)
 }

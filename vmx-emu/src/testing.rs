@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use engine::{GuestRegs, GuestState, Segment, VmExit};
+use engine::{GuestRegs, GuestState, LinearFault, Segment, VmExit};
 use memory::{L1Gpa, MachineAddr, PAGE_SIZE};
 use x86_spec::exception::pf;
 use x86_spec::exit::ExitReason;
@@ -21,6 +21,8 @@ use crate::vmcs12::REVISION;
 pub const RAM: usize = 0x1_0000;
 /// A page that is not present in linear memory.
 pub const ABSENT: u64 = 0xf000;
+/// A page whose accesses exit.
+pub const DEVICE: u64 = 0xe000;
 /// Where memory operands are.
 pub const OPERAND: u64 = 0x100;
 /// The VMXON region.
@@ -65,12 +67,16 @@ pub struct Processor {
     pub ram: Ram,
 }
 
-/// A linear access: identity paging of RAM, except for [`ABSENT`].
-fn page(linear: u64, len: usize) -> Result<L1Gpa, Fault> {
+/// A linear access: identity paging of RAM, except for [`ABSENT`]
+/// and [`DEVICE`].
+fn page(linear: u64, len: usize) -> Result<L1Gpa, LinearFault> {
     let end = linear.saturating_add(len as u64);
     let absent = linear < ABSENT + PAGE_SIZE && end > ABSENT;
     if absent || end > RAM as u64 {
-        return Err(Fault::page(linear.max(ABSENT), pf::W));
+        return Err(Fault::page(linear.max(ABSENT), pf::W).into());
+    }
+    if linear < DEVICE + PAGE_SIZE && end > DEVICE {
+        return Err(LinearFault::Exit(VmExit::new(ExitReason::EptViolation)));
     }
     Ok(L1Gpa(linear))
 }
@@ -97,11 +103,11 @@ impl L1 for Processor {
     fn physical(&self) -> &dyn L1Physical {
         &self.ram
     }
-    fn read_linear(&mut self, linear: u64, buf: &mut [u8]) -> Result<(), Fault> {
+    fn read_linear(&mut self, linear: u64, buf: &mut [u8]) -> Result<(), LinearFault> {
         self.ram.read(page(linear, buf.len())?, buf);
         Ok(())
     }
-    fn write_linear(&mut self, linear: u64, buf: &[u8]) -> Result<(), Fault> {
+    fn write_linear(&mut self, linear: u64, buf: &[u8]) -> Result<(), LinearFault> {
         self.ram.write(page(linear, buf.len())?, buf);
         Ok(())
     }

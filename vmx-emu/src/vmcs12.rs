@@ -227,6 +227,28 @@ pub(crate) fn clear_in_memory(memory: &dyn L1Physical, pointer: L1Gpa) {
     memory.write(pointer.offset(SIGNATURE_OFFSET as u64), &region[SIGNATURE_OFFSET..]);
 }
 
+/// A field of the VMCS whose region is at `pointer` and which is not cached.
+pub(crate) fn read_in_memory(memory: &dyn L1Physical, pointer: L1Gpa, field: Field) -> u64 {
+    if signature_in_memory(memory, pointer) {
+        memory.read_u64(pointer.offset(offset(field) as u64)) & field.width().mask()
+    } else {
+        0
+    }
+}
+
+/// Sets a field there; a region without the signature is initialised first.
+pub(crate) fn write_in_memory(memory: &dyn L1Physical, pointer: L1Gpa, field: Field, value: u64) {
+    if !signature_in_memory(memory, pointer) {
+        clear_in_memory(memory, pointer);
+    }
+    let value = value & field.width().mask();
+    memory.write(pointer.offset(offset(field) as u64), &value.to_le_bytes());
+}
+
+fn signature_in_memory(memory: &dyn L1Physical, pointer: L1Gpa) -> bool {
+    memory.read_u64(pointer.offset(SIGNATURE_OFFSET as u64)) == SIGNATURE
+}
+
 /// Where a field is in a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FieldLocation {

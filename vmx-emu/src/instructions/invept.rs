@@ -22,7 +22,7 @@ pub(super) fn invept<T: L1 + ?Sized>(
     check_vmx_operation(state)?;
     check_mode(l1)?;
     if caps.ept_vpid & ept_vpid::INVEPT == 0 {
-        return Err(Fault::UD);
+        return Err(Fault::UD.into());
     }
     check_privilege(l1)?;
     let ty = register_operand(l1, InstructionInfo(exit.instruction_info).reg2());

@@ -35,7 +35,7 @@ pub(super) fn invvpid<T: L1 + ?Sized>(
     check_vmx_operation(state)?;
     check_mode(l1)?;
     if caps.ept_vpid & ept_vpid::INVVPID == 0 {
-        return Err(Fault::UD);
+        return Err(Fault::UD.into());
     }
     check_privilege(l1)?;
     let ty = register_operand(l1, InstructionInfo(exit.instruction_info).reg2());

@@ -382,6 +382,59 @@ fn page_faults_of_operands() {
     assert_eq!(Machine::long().run(&exit), Outcome::Fault(Fault::page(ABSENT, 2)));
 }
 
+/// An exit that the operand's access causes is not the instruction's end.
+#[test]
+fn exits_of_operands() {
+    let mut m = Machine::long().in_root();
+    let mut exit = VmExit::new(R::Vmptrld).qualified(DEVICE);
+    exit.instruction_info = memory_info(0);
+    assert_eq!(m.run(&exit), Outcome::Exit(VmExit::new(R::EptViolation)));
+    assert_eq!(m.state.current_pointer(), None);
+}
+
+/// SDM Vol. 3C §25.10: VMREAD and VMWRITE by L2 access the VMCS of the link pointer.
+#[test]
+fn shadowed_accesses() {
+    let mut m = Machine::long().with_current(VMCS_A);
+    m.put32(VMCS_B, REVISION | SHADOW_INDICATOR);
+    assert_eq!(m.pointer(R::Vmclear, VMCS_B), SUCCEED);
+    let mut vmcs = m.state.current().unwrap().clone();
+    vmcs.set(Field::LinkPointer, VMCS_B);
+    let run = |m: &mut Machine, vmcs: &Vmcs12, reason, field: u64, value| {
+        m.l1.regs.gpr[gpr::RBX] = field;
+        m.l1.regs.gpr[gpr::RCX] = value;
+        let mut exit = VmExit::new(reason);
+        exit.instruction_info = register_info(gpr::RCX, gpr::RBX);
+        let outcome = shadowed::execute(vmcs, &m.caps, &mut m.l1, &exit).unwrap();
+        (outcome, m.l1.regs.gpr[gpr::RCX])
+    };
+    let rip = Field::GuestRip.encoding() as u64;
+    let offset_high = Field::TscOffset.encoding() as u64 | 1;
+    let error = Field::VmInstructionError.encoding() as u64;
+    assert_eq!(run(&mut m, &vmcs, R::Vmread, rip, 1), (SUCCEED, 0));
+    assert_eq!(run(&mut m, &vmcs, R::Vmwrite, rip, 0x1234).0, SUCCEED);
+    assert_eq!(run(&mut m, &vmcs, R::Vmread, rip, 0), (SUCCEED, 0x1234));
+    assert_eq!(run(&mut m, &vmcs, R::Vmwrite, offset_high, 7).0, SUCCEED);
+    assert_eq!(run(&mut m, &vmcs, R::Vmread, offset_high & !1, 0), (SUCCEED, 7 << 32));
+    // Neither VMCS12 nor anything cached has changed; L1 finds the values there.
+    assert_eq!(m.state.current().unwrap().get(Field::GuestRip), 0);
+    for reason in [R::Vmread, R::Vmwrite] {
+        assert_eq!(run(&mut m, &vmcs, reason, 0x7fff, 0).0, fail(E::UnsupportedComponent));
+        assert_eq!(run(&mut m, &vmcs, R::Vmread, error, 0), (SUCCEED, 12));
+    }
+    m.caps.misc &= !misc::VMWRITE_ANY_FIELD;
+    assert_eq!(run(&mut m, &vmcs, R::Vmwrite, error, 0).0, fail(E::ReadOnlyComponent));
+    assert_eq!(run(&mut m, &vmcs, R::Vmread, error, 0), (SUCCEED, 13));
+    assert_eq!(m.pointer(R::Vmptrld, VMCS_B), SUCCEED);
+    assert_eq!(m.state.current().unwrap().get(Field::GuestRip), 0x1234);
+    vmcs.set(Field::LinkPointer, u64::MAX);
+    for reason in [R::Vmread, R::Vmwrite] {
+        assert_eq!(run(&mut m, &vmcs, reason, rip, 0).0, FAIL_INVALID);
+    }
+    m.l1.guest.segments[seg::SS].access = AccessRights(0xc0f3);
+    assert_eq!(run(&mut m, &vmcs, R::Vmread, rip, 0).0, GP);
+}
+
 #[test]
 fn rsp_is_an_operand() {
     let mut m = Machine::long().with_current(VMCS_A);

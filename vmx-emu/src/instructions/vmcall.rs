@@ -9,7 +9,7 @@ use crate::state::VmxState;
 pub(super) fn vmcall<T: L1 + ?Sized>(state: &mut VmxState, l1: &mut T) -> Execution {
     check_vmx_operation(state)?;
     if l1.virtual_8086() || l1.long_mode() && !l1.is_64bit() {
-        return Err(Fault::UD);
+        return Err(Fault::UD.into());
     }
     check_privilege(l1)?;
     Ok(state.fail(InstructionError::VmcallInRoot).into())

@@ -1,12 +1,12 @@
 //! VMREAD: read a field of the current VMCS.
 
-use engine::VmExit;
+use engine::{LinearFault, VmExit};
 
 use super::{Execution, check_root, field_operand};
 use crate::capabilities::Capabilities;
 use crate::explain::InstructionError;
 use crate::fields::OperandSize;
-use crate::l1::{Fault, L1, L1Ext};
+use crate::l1::{L1, L1Ext};
 use crate::operand::{self, InstructionInfo};
 use crate::state::{VmResult, VmxState};
 
@@ -28,7 +28,7 @@ pub(super) fn vmread<T: L1 + ?Sized>(
 }
 
 /// Stores to the primary operand, of 64 bits in 64-bit mode, else 32.
-fn store<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: u64) -> Result<(), Fault> {
+pub(super) fn store<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit, value: u64) -> Result<(), LinearFault> {
     let info = InstructionInfo(exit.instruction_info);
     if info.is_register() {
         l1.set_gpr(info.reg1(), value);

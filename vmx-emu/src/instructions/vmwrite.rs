@@ -1,12 +1,12 @@
 //! VMWRITE: write a field of the current VMCS.
 
-use engine::VmExit;
+use engine::{LinearFault, VmExit};
 
 use super::{Execution, check_root, field_operand, register_operand};
 use crate::capabilities::{Capabilities, misc};
 use crate::explain::InstructionError;
 use crate::fields::{Field, FieldType, OperandSize};
-use crate::l1::{Fault, L1, L1Ext};
+use crate::l1::{L1, L1Ext};
 use crate::operand::{self, InstructionInfo};
 use crate::state::{VmResult, VmxState};
 
@@ -37,12 +37,12 @@ pub(super) fn vmwrite<T: L1 + ?Sized>(
 }
 
 /// VM-exit information fields can be written if IA32_VMX_MISC bit 29 says so.
-fn is_writable(caps: &Capabilities, field: Field) -> bool {
+pub(super) fn is_writable(caps: &Capabilities, field: Field) -> bool {
     field.field_type() != FieldType::ReadOnly || caps.misc & misc::VMWRITE_ANY_FIELD != 0
 }
 
 /// The primary operand, of 64 bits in 64-bit mode, else 32.
-fn source<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit) -> Result<u64, Fault> {
+pub(super) fn source<T: L1 + ?Sized>(l1: &mut T, exit: &VmExit) -> Result<u64, LinearFault> {
     let info = InstructionInfo(exit.instruction_info);
     if info.is_register() {
         return Ok(register_operand(l1, info.reg1()));
