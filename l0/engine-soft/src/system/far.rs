@@ -4,6 +4,7 @@
 
 use engine::{Segment, VmExit, interruptibility};
 use iced_x86::{Code, Instruction, OpKind};
+use x86_spec::controls::PinbasedControls;
 use x86_spec::exception;
 use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::reg::{gpr, rflags};
@@ -409,7 +410,10 @@ pub(super) fn iret(cpu: &mut Cpu, i: &Instruction) -> Exec {
         Code::Iretq => 8,
         _ => 4,
     };
-    let unblocked = cpu.interruptibility & interruptibility::NMI != 0;
+    // With NMI exiting and no virtual NMIs, IRET leaves blocking by NMI alone (SDM Vol. 3C §26.3).
+    let physical = cpu.controls.pin & (PinbasedControls::NMI_EXITING | PinbasedControls::VIRTUAL_NMIS)
+        == PinbasedControls::NMI_EXITING;
+    let unblocked = cpu.interruptibility & interruptibility::NMI != 0 && !physical;
     let result = iret_any(cpu, i, size);
     if !unblocked {
         return result;
@@ -421,7 +425,9 @@ pub(super) fn iret(cpu: &mut Cpu, i: &Instruction) -> Exec {
             Ok(())
         }
         // The rest is how the SDM tells a hypervisor to block NMIs again (Vol. 3C §28.2.3).
-        (Err(_), Reason::Exit(mut exit)) if exit.reason == ExitReason::EptViolation => {
+        (Err(_), Reason::Exit(mut exit))
+            if matches!(exit.reason, ExitReason::EptViolation | ExitReason::PmlFull) =>
+        {
             cpu.interruptibility &= !interruptibility::NMI;
             exit.qualification |= ept_violation::NMI_UNBLOCKING;
             Err(cpu.exit(exit))

@@ -31,6 +31,8 @@ mod vmx;
 #[cfg(test)]
 mod apic_tests;
 #[cfg(test)]
+mod paging_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 pub(crate) mod testutil;
