@@ -48,8 +48,7 @@ impl Segment {
     }
     /// G is 0 if a bit in 11:0 of the limit is 0, and 1 if a bit in 31:20 is 1.
     fn granularity_fits(&self) -> bool {
-        let g = self.access.0 & AccessRights::G != 0;
-        !(g && self.limit & 0xfff != 0xfff) && !(!g && self.limit >> 20 != 0)
+        if self.access.0 & AccessRights::G != 0 { self.limit & 0xfff == 0xfff } else { self.limit >> 20 == 0 }
     }
 }
 

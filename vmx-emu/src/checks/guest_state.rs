@@ -390,7 +390,7 @@ pub(super) fn memory_pdptes(c: &Context, f: &mut Findings) {
     let table = c.get(GuestCr3) & 0xffff_ffe0;
     for i in 0..4 {
         let mut bytes = [0; 8];
-        c.memory.read(L1Gpa(table | i * 8), &mut bytes);
+        c.memory.read(L1Gpa(table + i * 8), &mut bytes);
         let pdpte = u64::from_le_bytes(bytes);
         if !pdpte_valid(c, pdpte) {
             f.fail(
