@@ -27,6 +27,8 @@ const L0_LEAF1_ECX: u32 = 1 << 21 | 1 << 24 | 1 << 31;
 /// 01H:ECX that L0 withholds: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR,
 /// PDCM, DCA.
 const WITHHELD_LEAF1_ECX: u32 = 0b1101_1111_1100 | 1 << 14 | 1 << 15 | 1 << 18;
+/// 01H:ECX: VMX.
+const LEAF1_ECX_VMX: u32 = 1 << 5;
 /// 01H:EDX: TSC (4), MSR (5), MCE (7), APIC (9), MTRR (12), MCA (14), PAT (16).
 const L0_LEAF1_EDX: u32 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 12 | 1 << 14 | 1 << 16;
 /// 01H:EDX that L0 withholds: PSN, DS, ACPI, HTT (set by the number of CPUs), TM, PBE.
@@ -158,6 +160,18 @@ impl CpuidModel {
     /// Leaf 1 without the bits that reflect guest state.
     pub fn leaf1(&self) -> [u32; 4] {
         self.leaf1
+    }
+
+    /// Whether VMX is shown (01H:ECX bit 5).
+    pub fn has_vmx(&self) -> bool {
+        self.leaf1[2] & LEAF1_ECX_VMX != 0
+    }
+
+    /// Shows VMX.
+    #[must_use]
+    pub fn with_vmx(mut self) -> Self {
+        self.leaf1[2] |= LEAF1_ECX_VMX;
+        self
     }
 
     /// Leaf 7, subleaf 0, without the bits that reflect guest state.

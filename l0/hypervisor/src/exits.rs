@@ -13,6 +13,7 @@ use x86_spec::segment::seg;
 use crate::board::{Board, CpuBus};
 use crate::cpuid::CpuidState;
 use crate::msr::{ApicMsrs, MsrContext};
+use crate::nested::vmx_instruction;
 use crate::report::CrashCause;
 use crate::vcpu_loop::{RunEnd, VcpuLoop};
 
@@ -81,7 +82,7 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         | R::Vmxon
         | R::Vmfunc
         | R::Invept
-        | R::Invvpid => l0("VMX is not offered: CR4.VMXE is 0", invalid_opcode),
+        | R::Invvpid => l0("L1's VMX is emulated", vmx_instruction),
         R::Getsec | R::Rsm | R::Mwait | R::Monitor | R::Umwait | R::Tpause | R::Encls => {
             l0("not offered", invalid_opcode)
         }
@@ -218,8 +219,7 @@ fn cr_access<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
             cpu.devices_touched();
             skip(cpu, exit)
         }
-        // Only a bit that is not offered differs from the read shadow, which is 0.
-        (4, Kind::MovTo) => general_protection(cpu, exit),
+        (0, Kind::MovTo | Kind::Lmsw | Kind::Clts) | (4, Kind::MovTo) => cpu.held_cr_access(exit),
         _ => unexpected(cpu, exit),
     }
 }
@@ -299,9 +299,9 @@ fn ept_misconfiguration<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outc
 }
 
 /// The local APIC of one vCPU.
-struct CpuApic<'a> {
-    board: &'a dyn Board,
-    cpu: usize,
+pub(crate) struct CpuApic<'a> {
+    pub board: &'a dyn Board,
+    pub cpu: usize,
 }
 
 impl ApicMsrs for CpuApic<'_> {
@@ -318,10 +318,7 @@ impl ApicMsrs for CpuApic<'_> {
 
 fn rdmsr<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     let msr = cpu.regs.gpr[gpr::RCX] as u32;
-    let vm = cpu.vm().clone();
-    let mut apic = CpuApic { board: vm.board(), cpu: cpu.index() };
-    let mut cx = MsrContext { guest: &mut cpu.vmcs.guest, regs: &mut cpu.regs, apic: &mut apic };
-    match cpu.msrs.read(msr, &mut cx) {
+    match cpu.read_msr(msr) {
         Ok(v) => {
             cpu.regs.gpr[gpr::RAX] = v & 0xffff_ffff;
             cpu.regs.gpr[gpr::RDX] = v >> 32;
@@ -334,16 +331,8 @@ fn rdmsr<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 fn wrmsr<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     let msr = cpu.regs.gpr[gpr::RCX] as u32;
     let value = cpu.regs.gpr[gpr::RAX] & 0xffff_ffff | cpu.regs.gpr[gpr::RDX] << 32;
-    let vm = cpu.vm().clone();
-    let mut apic = CpuApic { board: vm.board(), cpu: cpu.index() };
-    let mut cx = MsrContext { guest: &mut cpu.vmcs.guest, regs: &mut cpu.regs, apic: &mut apic };
-    let result = cpu.msrs.write(msr, value, &mut cx);
-    cpu.devices_touched();
-    match result {
-        Ok(()) => {
-            cpu.vmcs.controls.tsc_offset = cpu.msrs.tsc().offset();
-            skip(cpu, exit)
-        }
+    match cpu.write_msr(msr, value) {
+        Ok(()) => skip(cpu, exit),
         Err(GpFault) => general_protection(cpu, exit),
     }
 }
@@ -364,6 +353,39 @@ fn xsetbv<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 }
 
 impl<E: Engine> VcpuLoop<E> {
+    /// RDMSR of L1.
+    ///
+    /// # Errors
+    /// [`GpFault`] when the processor would raise #GP(0).
+    pub(crate) fn read_msr(&mut self, msr: u32) -> Result<u64, GpFault> {
+        if let Some(v) = self.nested.as_ref().and_then(|n| n.read_msr(msr)) {
+            return Ok(v);
+        }
+        let vm = self.vm().clone();
+        let mut apic = CpuApic { board: vm.board(), cpu: self.index() };
+        let mut cx = MsrContext { guest: &mut self.vmcs.guest, regs: &mut self.regs, apic: &mut apic };
+        self.msrs.read(msr, &mut cx)
+    }
+
+    /// WRMSR of L1.
+    ///
+    /// # Errors
+    /// As [`Self::read_msr`]; nothing changed then.
+    pub(crate) fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), GpFault> {
+        if let Some(result) = self.nested.as_mut().and_then(|n| n.write_msr(msr, value)) {
+            return result;
+        }
+        let vm = self.vm().clone();
+        let mut apic = CpuApic { board: vm.board(), cpu: self.index() };
+        let mut cx = MsrContext { guest: &mut self.vmcs.guest, regs: &mut self.regs, apic: &mut apic };
+        let result = self.msrs.write(msr, value, &mut cx);
+        self.devices_touched();
+        if result.is_ok() {
+            self.refresh_tsc_offset();
+        }
+        result
+    }
+
     /// Whether the guest runs 64-bit code.
     fn in_64_bit_mode(&self) -> bool {
         let g = &self.vmcs.guest;
@@ -371,7 +393,7 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// A general register as an operand; its upper half reads as 0 outside 64-bit mode.
-    fn read_gpr(&self, index: usize) -> u64 {
+    pub(crate) fn read_gpr(&self, index: usize) -> u64 {
         let v = if index == gpr::RSP { self.vmcs.guest.rsp } else { self.regs.gpr[index & 15] };
         if self.in_64_bit_mode() { v } else { v & 0xffff_ffff }
     }
@@ -387,7 +409,7 @@ impl<E: Engine> VcpuLoop<E> {
     /// Completes the instruction that exited: RIP moves on, blocking by STI and MOV SS ends, RF
     /// is cleared, and a single step that was due is left pending (SDM Vol. 3C §26.3.4,
     /// Vol. 3B §18.3.1.4).
-    fn skip_instruction(&mut self, exit: &VmExit) {
+    pub(crate) fn skip_instruction(&mut self, exit: &VmExit) {
         let long = self.in_64_bit_mode();
         let g = &mut self.vmcs.guest;
         let next = g.rip.wrapping_add(exit.instruction_length.into());

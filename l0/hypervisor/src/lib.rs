@@ -8,13 +8,16 @@
 //! Everything is generic over the engine, and nothing is global: a [`Vm`] is shared by
 //! its vCPUs, each of which owns its VMCS01, registers and MSRs.
 //!
-//! Not supported: more than one vCPU (the structure allows it), SMM, VMX for L1.
+//! VMX for L1 is `vmx-emu`'s and `ept-compress`'s; [`nested`] joins them to the loop.
+//!
+//! Not supported: more than one vCPU (the structure allows it), SMM.
 
 pub mod board;
 pub mod cpuid;
 pub mod ept01;
 pub mod exits;
 pub mod msr;
+mod nested;
 pub mod report;
 pub mod stats;
 #[cfg(test)]

@@ -30,6 +30,11 @@ pub enum CrashCause {
         /// The selector of the new task.
         selector: u16,
     },
+    /// A VM exit to L1 that could not be completed (SDM Vol. 3C §28.7).
+    VmxAbort {
+        /// The VMX-abort indicator.
+        indicator: u32,
+    },
     /// An instruction that the engine can't do on device memory.
     UnsupportedDeviceAccess {
         /// The guest-physical address.
@@ -50,6 +55,9 @@ impl fmt::Display for CrashCause {
             ),
             Self::TaskSwitch { selector } => {
                 write!(f, "a hardware task switch (to selector {selector:#x}), which is not supported")
+            }
+            Self::VmxAbort { indicator } => {
+                write!(f, "a VMX abort with indicator {indicator}: a VM exit could not load L1's state")
             }
             Self::UnsupportedDeviceAccess { gpa } => write!(
                 f,

@@ -144,7 +144,7 @@ pub struct Rig {
 
 impl Rig {
     pub fn new() -> Self {
-        let config = VmConfig { ram: 4 << 20, cpus: 1 };
+        let config = VmConfig { ram: 4 << 20, cpus: 1, vmx: false };
         let memory = Arc::new(MachineMemory::new(config.machine_memory().unwrap()).unwrap());
         let script = Arc::new(Mutex::new(Script::default()));
         let tsc = Arc::new(AtomicU64::new(1 << 40));

@@ -18,6 +18,7 @@ use crate::board::Board;
 use crate::cpuid;
 use crate::exits::{Outcome, route};
 use crate::msr::MsrState;
+use crate::nested::Nested;
 use crate::report::{CodeBytes, CrashCause, CrashReport, bitness};
 use crate::vm::{Vm, VmError};
 use crate::vmcs01;
@@ -54,10 +55,10 @@ pub enum Start<'a> {
 
 /// An event on its way into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct PendingEvent {
-    info: InterruptionInfo,
-    error_code: u32,
-    instruction_length: u32,
+pub(crate) struct PendingEvent {
+    pub info: InterruptionInfo,
+    pub error_code: u32,
+    pub instruction_length: u32,
 }
 
 /// One vCPU and what L0 keeps for it.
@@ -66,10 +67,12 @@ pub struct VcpuLoop<E: Engine> {
     pub(crate) vmcs: EngineVmcs,
     pub(crate) regs: GuestRegs,
     pub(crate) msrs: MsrState,
+    /// VMX for L1, where it is offered.
+    pub(crate) nested: Option<Box<Nested>>,
     vm: Arc<Vm<E>>,
-    index: usize,
-    event: Option<PendingEvent>,
-    halted: bool,
+    pub(crate) index: usize,
+    pub(crate) event: Option<PendingEvent>,
+    pub(crate) halted: bool,
     /// The devices' next deadline, as long as nothing touched them.
     deadline: Option<Option<u64>>,
     timer_shift: u32,
@@ -102,11 +105,13 @@ impl<E: Engine> VcpuLoop<E> {
         })?;
         vmcs.controls.tsc_offset = tsc.offset();
         let tsc_hz = engine.tsc_frequency().max(1);
+        let nested = if model.has_vmx() { Some(Box::new(Nested::new(&vm, cr4)?)) } else { None };
         Ok(Self {
             vcpu,
             vmcs,
             regs,
             msrs: MsrState::new(tsc),
+            nested,
             vm,
             index,
             event: None,
@@ -157,7 +162,16 @@ impl<E: Engine> VcpuLoop<E> {
                     continue;
                 }
             }
-            self.prepare_entry();
+            if self.in_l2() {
+                if let Some(exit) = self.prepare_l2() {
+                    if let Outcome::End(end) = self.reflect_exit(&exit) {
+                        return end;
+                    }
+                    continue;
+                }
+            } else {
+                self.prepare_entry();
+            }
             if !self.vm.handle().entering(self.index) {
                 continue;
             }
@@ -166,8 +180,13 @@ impl<E: Engine> VcpuLoop<E> {
             self.vm.handle().left(self.index);
             self.account_guest(&exit, &mut since);
             reason = Some(exit.reason);
-            self.keep_interrupted_event(&exit);
-            match self.dispatch(&exit) {
+            let outcome = if self.in_l2() {
+                self.dispatch_l2(&exit)
+            } else {
+                self.keep_interrupted_event(&exit);
+                self.dispatch(&exit)
+            };
+            match outcome {
                 Outcome::Resume => {}
                 Outcome::Halt => self.halted = true,
                 Outcome::End(end) => {
@@ -290,14 +309,17 @@ impl<E: Engine> VcpuLoop<E> {
         let interrupts = self.board().interrupts();
         let nmi = g.interruptibility & interruptibility::NMI == 0
             && interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
-        nmi || self.event.is_some() || g.rflags & rflags::IF != 0 && interrupts.has_interrupt(self.index)
+        let l2 = self.in_l2() && self.l2_wakes();
+        l2 || nmi
+            || self.event.is_some()
+            || g.rflags & rflags::IF != 0 && interrupts.has_interrupt(self.index)
     }
 
     // ---- events -------------------------------------------------------------------------
 
     /// An exit during the delivery of an event must not lose it (SDM Vol. 3C §28.2.4): it is
     /// delivered again at the next entry.
-    fn keep_interrupted_event(&mut self, exit: &VmExit) {
+    pub(crate) fn keep_interrupted_event(&mut self, exit: &VmExit) {
         let info = exit.idt_vectoring;
         if !info.is_valid() {
             return;
@@ -378,7 +400,7 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Time to the next deadline in ticks of the preemption timer (SDM Vol. 3C §26.5.1), rounded
     /// up so that the deadline has come when it expires.
-    fn timer_ticks(&mut self) -> u32 {
+    pub(crate) fn timer_ticks(&mut self) -> u32 {
         let Some(deadline) = self.next_deadline() else { return u32::MAX };
         let ns = deadline.saturating_sub(self.board().now_ns());
         let tsc = devices::clock::mul_div_up(ns, self.tsc_hz, NS_PER_SEC);

@@ -13,6 +13,7 @@ use crate::board::Board;
 use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
 use crate::msr::GuestTsc;
+use crate::nested::{self, NestedError};
 use crate::stats::{ExitStats, StatsSummary};
 use crate::vmcs01::{self, MissingControl};
 
@@ -26,6 +27,8 @@ pub struct VmConfig {
     pub ram: u64,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// Offer VMX to L1.
+    pub vmx: bool,
 }
 
 impl VmConfig {
@@ -56,6 +59,9 @@ pub enum VmError {
     /// The engine is not able enough.
     #[error(transparent)]
     Control(#[from] MissingControl),
+    /// VMX for L1.
+    #[error(transparent)]
+    Nested(#[from] NestedError),
 }
 
 /// Time as the engine counts it, so that devices and the guest's TSC agree.
@@ -76,7 +82,7 @@ pub struct VmBuilder<E: Engine> {
     engine: Arc<E>,
     memory: Arc<MachineMemory>,
     ram: L1Ram,
-    pool: PagePool,
+    pool: Arc<PagePool>,
     ept01: Ept01,
     msr_bitmap: MachineAddr,
     cpuid: CpuidModel,
@@ -92,12 +98,15 @@ impl<E: Engine + 'static> VmBuilder<E> {
     pub fn new(engine: Arc<E>, memory: Arc<MachineMemory>, config: VmConfig) -> Result<Self, VmError> {
         let ram_bytes = config.ram_pages() * PAGE_SIZE;
         let ram = L1Ram::new(memory.clone(), RamLayout::new(ram_bytes))?;
-        let pool = PagePool::new(memory.clone(), MachineAddr(ram_bytes), config.pool_pages())?;
+        let pool = Arc::new(PagePool::new(memory.clone(), MachineAddr(ram_bytes), config.pool_pages())?);
         let ept01 = Ept01::build(&memory, &pool, ram.regions(), engine.capabilities().ept_vpid)?;
         let msr_bitmap = pool.alloc()?;
         vmcs01::write_msr_bitmap(&memory, msr_bitmap)?;
         let hz = engine.tsc_frequency().max(1);
-        let cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
+        let mut cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
+        if config.vmx && nested::is_possible(&*engine) {
+            cpuid = cpuid.with_vmx();
+        }
         let now = |e: &Arc<E>| {
             let e = e.clone();
             move || e.tsc()
@@ -156,7 +165,7 @@ impl<E: Engine> Vm<E> {
         &self.base.ram
     }
     /// L0's own pages.
-    pub fn pool(&self) -> &PagePool {
+    pub fn pool(&self) -> &Arc<PagePool> {
         &self.base.pool
     }
     /// EPT01.

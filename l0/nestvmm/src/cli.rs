@@ -160,6 +160,9 @@ pub struct RunArgs {
     /// What executes the guest's instructions; auto takes the fastest that works here
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
+    /// Offer VMX to the guest, so that it can be a hypervisor
+    #[arg(long)]
+    pub vmx: bool,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]

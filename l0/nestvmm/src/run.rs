@@ -94,7 +94,7 @@ fn boot_once<E: Engine + 'static>(
     output: &Output,
     session: &Arc<Session>,
 ) -> Result<RunEnd, Failure> {
-    let config = VmConfig { ram: args.memory.0, cpus: CPUS.into() };
+    let config = VmConfig { ram: args.memory.0, cpus: CPUS.into(), vmx: args.vmx };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
     let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);
     let engine = Arc::new(new_engine(memory.clone()).map_err(Failure::host)?);
@@ -153,7 +153,7 @@ fn boot_once<E: Engine + 'static>(
 fn vm_failure(e: VmError) -> Failure {
     match e {
         VmError::Memory(_) | VmError::Engine(_) => Failure::host(e),
-        VmError::Control(_) => Failure::internal(e),
+        VmError::Control(_) | VmError::Nested(_) => Failure::internal(e),
     }
 }
 

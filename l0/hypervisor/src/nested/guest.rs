@@ -1,0 +1,579 @@
+//! L2: VM entries of L1 into it, its exits, and what L0 does on its behalf.
+//!
+//! While L2 runs, [`VcpuLoop::vmcs`] *is* VMCS02, and VMCS01 waits in [`Nested::vmcs01`]: so what L0
+//! does for L1 (devices, HLT, MSRs that L1 leaves to L2) works for L2 as it is.
+
+use engine::{Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
+use ept_compress::{Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, NoLog, Pml, RootKey, walk};
+use memory::{Gpa, L1Gpa, L1Ram, L2Gpa};
+use vmx_emu::checks::{self, Answer, MsrBits};
+use vmx_emu::enter::{self, FailedEntry};
+use vmx_emu::merge::bitmaps::secondary12;
+use vmx_emu::merge::tsc::{Timer12, TscView};
+use vmx_emu::merge::{self, L0, L2Space};
+use vmx_emu::reflect::{self, Abort, AfterSwitch, Parts};
+use vmx_emu::route::{self, Owner};
+use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Vmcs12};
+use x86_spec::controls::{ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
+use x86_spec::exception;
+use x86_spec::exit::ExitReason;
+use x86_spec::interruption::{EventType, InterruptionInfo};
+use x86_spec::reg::{efer, rflags};
+
+use super::msrs::MsrView;
+use crate::cpuid::PHYSICAL_BITS;
+use crate::exits::{self, Outcome};
+use crate::report::CrashCause;
+use crate::vcpu_loop::VcpuLoop;
+use crate::vmcs01;
+
+/// Bits of IA32_DEBUGCTL that a guest can set: LBR, BTF.
+const DEBUGCTL: u64 = 3;
+const SHADOW: u32 = interruptibility::STI | interruptibility::MOV_SS;
+
+/// The context of the checks reads L1's memory through this.
+struct Physical<'a>(&'a L1Ram);
+impl checks::ReadPhysical for Physical<'_> {
+    fn read(&self, at: L1Gpa, buf: &mut [u8]) {
+        L1Physical::read(self.0, at, buf);
+    }
+}
+
+/// Devices of L1's machine as an L2 reaches them that L1 gives them to: addresses go through EPT12.
+struct L2Bus<'a, B> {
+    bus: B,
+    ram: &'a L1Ram,
+    eptp12: u64,
+    format: Format,
+}
+
+impl<B> L2Bus<'_, B> {
+    fn l1_address(&self, gpa: Gpa) -> Gpa {
+        let l2 = L2Gpa(gpa.0);
+        // The access has passed EPT12 once; if L1 changed it since, the old address is as good as any.
+        match walk(self.eptp12, l2, Access::default(), &self.format, self.ram, &mut NoLog) {
+            Ok(leaf) => Gpa(leaf.address(l2).0),
+            Err(_) => gpa,
+        }
+    }
+}
+
+impl<B: ExitBus> ExitBus for L2Bus<'_, B> {
+    fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
+        self.bus.mmio_read(self.l1_address(gpa), size)
+    }
+    fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
+        self.bus.mmio_write(self.l1_address(gpa), size, value);
+    }
+    fn pio_read(&mut self, port: u16, size: u8) -> u32 {
+        self.bus.pio_read(port, size)
+    }
+    fn pio_write(&mut self, port: u16, size: u8, value: u32) {
+        self.bus.pio_write(port, size, value);
+    }
+}
+
+fn pin12(vmcs12: &Vmcs12, c: PinbasedControls) -> bool {
+    PinbasedControls::from_bits_truncate(vmcs12.get32(Field::PinControls)).contains(c)
+}
+
+fn uses_ept(vmcs12: &Vmcs12) -> bool {
+    secondary12(vmcs12).contains(SecondaryControls::ENABLE_EPT)
+}
+
+fn root_key(vmcs12: &Vmcs12) -> RootKey {
+    RootKey {
+        eptp12: vmcs12.get(Field::Eptp),
+        mode_based_execute: secondary12(vmcs12).contains(SecondaryControls::MODE_BASED_EPT),
+    }
+}
+
+fn vpid12(vmcs12: &Vmcs12) -> u16 {
+    let on = secondary12(vmcs12).contains(SecondaryControls::ENABLE_VPID);
+    if on { vmcs12.get(Field::Vpid) as u16 } else { 0 }
+}
+
+impl<E: Engine> VcpuLoop<E> {
+    /// Whether L2 runs.
+    pub(crate) fn in_l2(&self) -> bool {
+        self.nested.as_ref().is_some_and(|n| n.state.in_guest())
+    }
+
+    // ---- invalidation -------------------------------------------------------------------------
+
+    fn apply_flush(&self, flush: Flush) {
+        match flush {
+            Flush::None => {}
+            Flush::Eptp(eptp) => self.vm().engine().invalidate(InvalidateScope::Eptp(eptp)),
+            Flush::All => self.vm().engine().invalidate(InvalidateScope::All),
+        }
+    }
+
+    /// INVEPT and INVVPID of L1.
+    pub(crate) fn nested_invalidate(&mut self, what: Invalidation) {
+        let engine = self.vm().engine().clone();
+        let Some(n) = self.nested.as_mut() else { return };
+        let scope = |vpid12: u16, f: fn(u16) -> InvalidateScope| {
+            if let Some(vpid) = n.vpids.lookup(vpid12) {
+                engine.invalidate(f(vpid));
+            }
+        };
+        match what {
+            Invalidation::Eptp(eptp) => {
+                let flush = n.ept02.invept_single(eptp);
+                self.apply_flush(flush);
+            }
+            Invalidation::AllEptps => {
+                let flush = n.ept02.invept_all();
+                self.apply_flush(flush);
+            }
+            Invalidation::Address { vpid, linear } => {
+                if let Some(vpid) = n.vpids.lookup(vpid) {
+                    engine.invalidate(InvalidateScope::Address { vpid, linear });
+                }
+            }
+            Invalidation::Vpid(v) => scope(v, InvalidateScope::Vpid),
+            Invalidation::VpidRetainGlobals(v) => scope(v, InvalidateScope::VpidRetainGlobals),
+            Invalidation::AllVpids => n.vpids.all().for_each(|v| engine.invalidate(InvalidateScope::Vpid(v))),
+        }
+    }
+
+    /// After a switch between L1 and an L2 without VPID, which share VPID 0 as far as L1 knows.
+    fn flush_vpid0(&mut self) {
+        let engine = self.vm().engine().clone();
+        engine.invalidate(InvalidateScope::Vpid(vmcs01::VPID));
+        if let Some(v) = self.nested.as_ref().and_then(|n| n.vpids.lookup(0)) {
+            engine.invalidate(InvalidateScope::Vpid(v));
+        }
+    }
+
+    // ---- entry --------------------------------------------------------------------------------
+
+    /// VMLAUNCH or VMRESUME that passed its own checks.
+    pub(crate) fn nested_entry(&mut self, exit: &VmExit, _kind: EntryKind) -> Outcome {
+        let vm = self.vm().clone();
+        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let (Some(vmcs12), Some(pointer)) = (n.state.current(), n.state.current_pointer()) else {
+            return Outcome::Resume;
+        };
+        let context = checks::Context {
+            vmcs: vmcs12,
+            current_vmcs: pointer,
+            caps: &n.caps,
+            msr_bits: MsrBits { efer: efer::DEFINED, debugctl: DEBUGCTL, perf_global_ctrl: 0 },
+            linear_bits: 48,
+            l1_long_mode: self.vmcs.guest.efer & efer::LMA != 0,
+            memory: &Physical(vm.ram()),
+        };
+        let report = checks::run(&context);
+        if !report.passed() {
+            tracing::warn!(target: "vmentry", "VM entry of L1 at {:#x} fails:\n{report}", self.vmcs.guest.rip);
+        }
+        match report.architectural() {
+            Answer::Enter => self.enter_l2(),
+            Answer::FailValid(error) => {
+                let result = n.state.fail(error);
+                self.complete_vmx(exit, result)
+            }
+            Answer::FailEntry { reason, qualification } => {
+                self.fail_entry(FailedEntry { reason, qualification })
+            }
+        }
+    }
+
+    /// Goes from VMCS01 to VMCS02.
+    fn enter_l2(&mut self) -> Outcome {
+        let vm = self.vm().clone();
+        let deadline = self.timer_ticks();
+        let now = vm.engine().tsc();
+        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
+        let mut flush = Flush::None;
+        let eptp02 = if uses_ept(vmcs12) {
+            let root = n.ept02.root(root_key(vmcs12));
+            flush = root.flush;
+            root.eptp02
+        } else {
+            vm.ept01().eptp()
+        };
+        let vpid = n.vpids.get(vpid12(vmcs12));
+        let timer12 = enter::timer12(vmcs12);
+        let l0 = L0 {
+            vmcs01: &self.vmcs,
+            engine: vm.engine().capabilities(),
+            caps: &n.caps,
+            windows: PrimaryControls::empty(),
+            deadline: Some(deadline),
+            pages: n.pages,
+            memory: vm.memory(),
+        };
+        let space = L2Space { eptp02, vpid02: vpid.vpid };
+        let merged = match merge::merge(&l0, vmcs12, vm.ram(), space, timer12) {
+            Ok(m) => m,
+            Err(e) => return Outcome::End(crate::RunEnd::Internal(format!("merge for L2: {e}"))),
+        };
+        n.origins = Some(merged.origins.clone());
+        n.mtf_injected = enter::injects_mtf(vmcs12);
+        n.timer12 = timer12.map(|v| Timer12::start(v, n.rate, now));
+        let mut msrs = MsrView::new(&mut self.msrs, vm.board(), self.index);
+        let entered =
+            enter::enter(&mut n.vmcs01, merged, &self.vmcs, vmcs12, &mut self.regs, vm.ram(), &mut msrs);
+        let shares_vpid0 = vpid12(vmcs12) == 0;
+        self.apply_flush(flush);
+        if shares_vpid0 {
+            self.flush_vpid0();
+        } else if vpid.flush {
+            vm.engine().invalidate(InvalidateScope::Vpid(vpid.vpid));
+        }
+        self.devices_touched();
+        match entered {
+            Ok(()) => {
+                let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+                std::mem::swap(&mut *n.vmcs01, &mut self.vmcs);
+                n.state.enter_guest();
+                Outcome::Resume
+            }
+            Err(failed) => self.fail_entry(failed),
+        }
+    }
+
+    /// An entry that fails after its checks on controls and host state: L1 goes on at its host
+    /// state.
+    fn fail_entry(&mut self, failed: FailedEntry) -> Outcome {
+        tracing::warn!(target: "vmentry", "{failed}");
+        let result = self.with_parts(false, |parts| failed.reflect(parts));
+        self.back_in_l1(result)
+    }
+
+    // ---- exit to L1 ------------------------------------------------------------------------------
+
+    /// Calls `f` with all that an exit to L1 touches. `swapped`: VMCS02 is the context that runs.
+    fn with_parts(
+        &mut self,
+        swapped: bool,
+        f: impl FnOnce(&mut Parts<'_>) -> Result<AfterSwitch, Abort>,
+    ) -> Option<Result<AfterSwitch, Abort>> {
+        let vm = self.vm().clone();
+        let now = vm.engine().tsc();
+        let n = self.nested.as_mut()?;
+        let timer12 = n.timer12.map(|t| (t, now));
+        let vmcs12 = n.state.current_mut()?;
+        let mut msrs = MsrView::new(&mut self.msrs, vm.board(), self.index);
+        let (vmcs01, vmcs02) =
+            if swapped { (&mut *n.vmcs01, &self.vmcs) } else { (&mut self.vmcs, &*n.vmcs01) };
+        Some(f(&mut Parts {
+            vmcs12,
+            vmcs01,
+            vmcs02,
+            regs: &mut self.regs,
+            l1: vm.ram(),
+            msrs: &mut msrs,
+            timer12,
+            physical_bits: PHYSICAL_BITS,
+        }))
+    }
+
+    /// Reflects an exit of L2 to L1.
+    pub(crate) fn reflect_exit(&mut self, exit: &VmExit) -> Outcome {
+        // An event that L0 was to inject into L2 is L1's to inject again.
+        if let Some(e) = self.event.take()
+            && !self.vmcs.controls.entry_interruption.is_valid()
+        {
+            let c = &mut self.vmcs.controls;
+            c.entry_interruption = e.info;
+            c.entry_error_code = e.error_code;
+            c.entry_instruction_length = e.instruction_length;
+        }
+        let result = self.with_parts(true, |parts| reflect::reflect(exit, parts));
+        self.vmcs.controls.entry_interruption = InterruptionInfo::NONE;
+        if let Some(n) = self.nested.as_mut() {
+            std::mem::swap(&mut *n.vmcs01, &mut self.vmcs);
+            n.state.leave_guest();
+            n.timer12 = None;
+        }
+        self.halted = false;
+        self.back_in_l1(result)
+    }
+
+    fn back_in_l1(&mut self, result: Option<Result<AfterSwitch, Abort>>) -> Outcome {
+        self.event = None;
+        self.devices_touched();
+        self.restrict_control_registers();
+        // MSR lists may have moved the TSC.
+        self.vmcs.controls.tsc_offset = self.msrs.tsc().offset();
+        match result {
+            Some(Ok(after)) => {
+                if after.flush_vpid0 {
+                    self.flush_vpid0();
+                }
+                Outcome::Resume
+            }
+            Some(Err(abort)) => self.crash(CrashCause::VmxAbort { indicator: abort.indicator() }),
+            None => Outcome::Resume,
+        }
+    }
+
+    // ---- exits of L2 -------------------------------------------------------------------------------
+
+    /// Decides whose an exit of L2 is, and hands it on.
+    pub(crate) fn dispatch_l2(&mut self, exit: &VmExit) -> Outcome {
+        if exit.entry_failure {
+            tracing::warn!(target: "vmentry", "the engine can't run L2's state: {}", exit.reason.name());
+            // VMCS02 never ran; what L1 sees is a failed entry.
+            let failed = FailedEntry { reason: exit.reason, qualification: exit.qualification };
+            let result = self.with_parts(true, |parts| failed.reflect(parts));
+            if let Some(n) = self.nested.as_mut() {
+                std::mem::swap(&mut *n.vmcs01, &mut self.vmcs);
+                n.state.leave_guest();
+            }
+            return self.back_in_l1(result);
+        }
+        let vm = self.vm().clone();
+        let now = vm.engine().tsc();
+        let Some(n) = self.nested.as_ref() else { return Outcome::Resume };
+        let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
+        let route = route::route(
+            exit,
+            &route::Context {
+                vmcs12,
+                guest: &self.vmcs.guest,
+                regs: &self.regs,
+                l1: vm.ram(),
+                timer12_expired: n.timer12.is_some_and(|t| t.expired(now)),
+                mtf_injected: n.mtf_injected,
+            },
+        );
+        tracing::trace!(owner = ?route.owner, why = route.why, "exit of L2");
+        match route.owner {
+            Owner::L1 => self.reflect_exit(exit),
+            Owner::L0 => {
+                self.keep_interrupted_event(exit);
+                self.keep_l2_exit(exit)
+            }
+            Owner::Composition => self.compose_l2(exit),
+        }
+    }
+
+    /// An exit of L2 that L0 handles itself.
+    fn keep_l2_exit(&mut self, exit: &VmExit) -> Outcome {
+        let info = exit.interruption_info;
+        match exit.reason {
+            ExitReason::ExceptionOrNmi if info.event_type() != EventType::Nmi => {
+                // A page fault that neither side wants: both filters together let it exit.
+                if info.vector() == exception::PF {
+                    self.regs.cr2 = exit.qualification;
+                }
+                let code = info.has_error_code().then_some(exit.interruption_error_code);
+                self.inject_exception(info.vector(), code);
+                Outcome::Resume
+            }
+            reason => (exits::route::<E>(reason).handler)(self, exit),
+        }
+    }
+
+    /// An EPT violation under VMCS02: fills EPT02, or finds out who has to act.
+    fn compose_l2(&mut self, exit: &VmExit) -> Outcome {
+        let vm = self.vm().clone();
+        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let format12 = Format::from_capabilities(n.caps.ept_vpid, PHYSICAL_BITS);
+        let format01 = Format::from_capabilities(vm.engine().capabilities().ept_vpid, PHYSICAL_BITS);
+        let Some(vmcs12) = n.state.current_mut() else { return Outcome::Resume };
+        if !uses_ept(vmcs12) {
+            // EPT02 is EPT01: the violation is one of L1's machine.
+            self.keep_interrupted_event(exit);
+            return (exits::route::<E>(exit.reason).handler)(self, exit);
+        }
+        let key = root_key(vmcs12);
+        let access = if exit.reason == ExitReason::EptViolation {
+            Access::from_qualification(exit.qualification)
+        } else {
+            Access::READ
+        };
+        let gpa = L2Gpa(exit.guest_physical.0);
+        let l1 = Ept01View { memory: vm.memory(), eptp: vm.ept01().eptp(), format: format01 };
+        let logs = secondary12(vmcs12).contains(SecondaryControls::ENABLE_PML);
+        let address = L1Gpa(vmcs12.get(Field::PmlAddress));
+        let mut index = vmcs12.get(Field::PmlIndex) as u16;
+        let filled = if logs {
+            let mut log = Pml { memory: vm.ram(), address, index: &mut index };
+            n.ept02.fill(key, &format12, gpa, access, vm.ram(), &l1, &mut log)
+        } else {
+            n.ept02.fill(key, &format12, gpa, access, vm.ram(), &l1, &mut NoLog)
+        };
+        if logs && let Some(v) = n.state.current_mut() {
+            v.set(Field::PmlIndex, index.into());
+        }
+        match filled {
+            Ok(filled) => {
+                self.apply_flush(filled.flush);
+                self.keep_interrupted_event(exit);
+                Outcome::Resume
+            }
+            Err(EptFault::L1Violation { qualification }) => {
+                self.reflect_exit(&VmExit { qualification, reason: ExitReason::EptViolation, ..*exit })
+            }
+            Err(EptFault::L1Misconfiguration { .. }) => self.reflect_exit(&VmExit {
+                qualification: 0,
+                reason: ExitReason::EptMisconfiguration,
+                ..*exit
+            }),
+            Err(EptFault::L1LogFull) => {
+                let unblocking = exit.qualification & x86_spec::exit::ept_violation::NMI_UNBLOCKING;
+                self.reflect_exit(&VmExit {
+                    qualification: unblocking,
+                    reason: ExitReason::PmlFull,
+                    guest_physical: Gpa(0),
+                    ..*exit
+                })
+            }
+            Err(EptFault::L0 { fault: L0Fault::NoMemory, .. }) => {
+                self.keep_interrupted_event(exit);
+                self.devices_touched();
+                let bus = crate::board::CpuBus { board: vm.board(), cpu: self.index };
+                let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: key.eptp12, format: format12 };
+                match self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus) {
+                    None => Outcome::Resume,
+                    Some(again) if again.reason == ExitReason::EptViolation => {
+                        self.crash(CrashCause::UnsupportedDeviceAccess { gpa: gpa.0 })
+                    }
+                    Some(other) => self.dispatch_l2(&other),
+                }
+            }
+            Err(EptFault::L0 { gpa, fault }) => {
+                Outcome::End(crate::RunEnd::Internal(format!("EPT01 at {gpa} for L2: {fault}")))
+            }
+            Err(EptFault::Retry) => {
+                self.keep_interrupted_event(exit);
+                Outcome::Resume
+            }
+        }
+    }
+
+    // ---- before each entry with VMCS02 -------------------------------------------------------------
+
+    /// Deals with what came for L1 or L2 while L2 ran. `Some`: an exit to L1 is due instead of an
+    /// entry.
+    pub(crate) fn prepare_l2(&mut self) -> Option<VmExit> {
+        vmcs01::sync_long_mode(&mut self.vmcs);
+        if !self.vmcs.controls.entry_interruption.is_valid()
+            && let Some(e) = self.event.take()
+        {
+            let c = &mut self.vmcs.controls;
+            c.entry_interruption = e.info;
+            c.entry_error_code = e.error_code;
+            c.entry_instruction_length = e.instruction_length;
+        }
+        let injecting = self.vmcs.controls.entry_interruption.is_valid();
+        let vm = self.vm().clone();
+        let interrupts = vm.board().interrupts();
+        let nmi = interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        let interrupt = interrupts.has_interrupt(self.index);
+        let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current())?;
+        let nmi_exits = pin12(vmcs12, PinbasedControls::NMI_EXITING);
+        let interrupt_exits = pin12(vmcs12, PinbasedControls::EXTERNAL_INTERRUPT_EXITING);
+        let acknowledge = ExitControls::from_bits_truncate(vmcs12.get32(Field::ExitControls))
+            .contains(ExitControls::ACK_INTERRUPT_ON_EXIT);
+        // The event that the entry injects comes first; the exit is then due at once (§27.7).
+        let mut at_once = false;
+        if nmi && nmi_exits {
+            if !injecting {
+                interrupts.with_lapic(self.index, |l| l.take_nmi());
+                let mut exit = VmExit::new(ExitReason::ExceptionOrNmi);
+                exit.interruption_info = InterruptionInfo::new(exception::NMI, EventType::Nmi, false);
+                return Some(exit);
+            }
+            at_once = true;
+        } else if interrupt && interrupt_exits {
+            if !injecting {
+                let mut exit = VmExit::new(ExitReason::ExternalInterrupt);
+                if acknowledge && let Some(vector) = interrupts.take_interrupt(self.index) {
+                    exit.interruption_info = InterruptionInfo::new(vector, EventType::External, false);
+                }
+                return Some(exit);
+            }
+            at_once = true;
+        }
+        self.deliver_to_l2(injecting, nmi && !nmi_exits, interrupt && !interrupt_exits);
+        let deadline = if at_once { 0 } else { self.timer_ticks() };
+        let now = vm.engine().tsc();
+        if let Some(n) = self.nested.as_ref() {
+            let timer12 = n.timer12.map(|t| t.remaining(now));
+            merge::set_timer(&mut self.vmcs, Some(deadline), timer12);
+        }
+        None
+    }
+
+    /// Gives L2 what L1 lets it take itself, or asks for the window.
+    fn deliver_to_l2(&mut self, injecting: bool, nmi: bool, interrupt: bool) {
+        let vm = self.vm().clone();
+        let interrupts = vm.board().interrupts();
+        let mut windows = PrimaryControls::empty();
+        let g = &self.vmcs.guest;
+        let shadow = g.interruptibility & SHADOW != 0;
+        let mut injecting = injecting;
+        if nmi {
+            let blocked = shadow || g.interruptibility & interruptibility::NMI != 0;
+            if !injecting && !blocked && interrupts.with_lapic(self.index, |l| l.take_nmi()) == Some(true) {
+                self.vmcs.controls.entry_interruption =
+                    InterruptionInfo::new(exception::NMI, EventType::Nmi, false);
+                injecting = true;
+            } else {
+                windows |= PrimaryControls::NMI_WINDOW_EXITING;
+            }
+        }
+        if interrupt {
+            let open = !shadow && self.vmcs.guest.rflags & rflags::IF != 0;
+            if !injecting
+                && open
+                && let Some(vector) = interrupts.take_interrupt(self.index)
+            {
+                self.vmcs.controls.entry_interruption =
+                    InterruptionInfo::new(vector, EventType::External, false);
+            } else {
+                windows |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+            }
+        }
+        if let Some(n) = self.nested.as_ref()
+            && let Some(vmcs12) = n.state.current()
+        {
+            merge::set_windows(&mut self.vmcs, vmcs12, windows);
+        }
+    }
+
+    /// Whether something ends L2's HLT that L1 did not intercept: an interrupt that exits does so
+    /// whatever L2's RFLAGS.IF.
+    pub(crate) fn l2_wakes(&self) -> bool {
+        let interrupts = self.board().interrupts();
+        let exits = self
+            .nested
+            .as_ref()
+            .and_then(|n| n.state.current())
+            .is_some_and(|v| pin12(v, PinbasedControls::EXTERNAL_INTERRUPT_EXITING));
+        let expired =
+            self.nested.as_ref().and_then(|n| n.timer12).is_some_and(|t| t.expired(self.vm().engine().tsc()));
+        expired || exits && interrupts.has_interrupt(self.index)
+    }
+
+    /// The TSC offset of the context that runs, after L1's TSC moved.
+    pub(crate) fn refresh_tsc_offset(&mut self) {
+        let offset01 = self.msrs.tsc().offset();
+        if !self.in_l2() {
+            self.vmcs.controls.tsc_offset = offset01;
+            return;
+        }
+        let Some(n) = self.nested.as_mut() else { return };
+        n.vmcs01.controls.tsc_offset = offset01;
+        let Some(vmcs12) = n.state.current() else { return };
+        let primary = PrimaryControls::from_bits_truncate(vmcs12.get32(Field::PrimaryControls));
+        let outer = TscView { offset: offset01, ..TscView::IDENTITY };
+        let inner = if primary.contains(PrimaryControls::USE_TSC_OFFSETTING) {
+            let scaled = secondary12(vmcs12).contains(SecondaryControls::USE_TSC_SCALING);
+            let multiplier =
+                if scaled { vmcs12.get(Field::TscMultiplier) } else { TscView::IDENTITY.multiplier };
+            TscView { offset: vmcs12.get(Field::TscOffset), multiplier }
+        } else {
+            TscView::IDENTITY
+        };
+        self.vmcs.controls.tsc_offset = outer.compose(inner).offset;
+    }
+}

@@ -1,0 +1,112 @@
+//! VMX for L1: what joins `vmx-emu` and `ept-compress` to the vCPU loop.
+//!
+//! L1's VMX instructions exit to [`root`]; a VM entry of L1 starts VMCS02, whose exits go to L0 or
+//! L1.
+
+mod guest;
+pub(crate) mod l1;
+mod msrs;
+mod root;
+
+use engine::{Engine, EngineVmcs};
+use ept_compress::{Ept02, Ept02Error, Format};
+use memory::MemoryError;
+use vmx_emu::merge::Pages;
+use vmx_emu::merge::provenance::ControlOrigins;
+use vmx_emu::merge::tsc::Timer12;
+use vmx_emu::merge::vpid::VpidMap;
+use vmx_emu::{Capabilities, FeatureControl, L1Cpu, VmxState};
+use x86_spec::controls::SecondaryControls;
+use x86_spec::msr;
+
+use crate::cpuid::PHYSICAL_BITS;
+use crate::vm::Vm;
+
+pub(crate) use root::vmx_instruction;
+
+/// Pages that the tables of EPT02 may take.
+const EPT02_PAGES: u64 = 2048;
+
+/// Why nesting can't be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum NestedError {
+    /// EPT02.
+    #[error(transparent)]
+    Ept02(#[from] Ept02Error),
+    /// L0's pool.
+    #[error(transparent)]
+    Pool(#[from] MemoryError),
+}
+
+/// What one vCPU has for L1's VMX.
+#[derive(Debug)]
+pub(crate) struct Nested {
+    /// What L1 is offered.
+    pub caps: Capabilities,
+    /// VMX operation and the current VMCS.
+    pub state: VmxState,
+    /// VMCS01 while L2 runs; else what is left of VMCS02.
+    vmcs01: Box<EngineVmcs>,
+    ept02: Ept02,
+    vpids: VpidMap,
+    pages: Pages,
+    /// L1's VMX-preemption timer.
+    timer12: Option<Timer12>,
+    /// Its rate (IA32_VMX_MISC bits 4:0).
+    rate: u8,
+    /// The entry injected a pending MTF exit.
+    mtf_injected: bool,
+    /// Where the control bits of VMCS02 come from.
+    origins: Option<ControlOrigins>,
+}
+
+impl Nested {
+    /// VMX as the engine allows it, for an L1 that may set `cr4`.
+    ///
+    /// # Errors
+    /// [`NestedError`] when L0's pool is too small.
+    pub fn new<E: Engine>(vm: &Vm<E>, cr4: u64) -> Result<Self, NestedError> {
+        let engine = vm.engine().capabilities();
+        let cpu = L1Cpu { cr4, physical_bits: PHYSICAL_BITS, withheld: SecondaryControls::empty() };
+        let caps = Capabilities::new(engine, &cpu);
+        let format = Format::from_capabilities(engine.ept_vpid, PHYSICAL_BITS);
+        let pool = vm.pool();
+        Ok(Self {
+            rate: (caps.misc & 0x1f) as u8,
+            caps,
+            state: VmxState::new(FeatureControl::ENABLED),
+            vmcs01: Box::default(),
+            ept02: Ept02::new(vm.memory().clone(), pool.clone(), EPT02_PAGES, format, false)?,
+            vpids: VpidMap::default(),
+            pages: Pages {
+                io_bitmap_a: pool.alloc()?,
+                io_bitmap_b: pool.alloc()?,
+                msr_bitmap: pool.alloc()?,
+                nowhere: pool.alloc()?,
+            },
+            timer12: None,
+            mtf_injected: false,
+            origins: None,
+        })
+    }
+
+    /// RDMSR of a VMX MSR; `None` for others and for those that do not exist.
+    pub fn read_msr(&self, number: u32) -> Option<u64> {
+        match number {
+            msr::IA32_FEATURE_CONTROL => Some(self.state.feature_control.read()),
+            msr::IA32_VMX_BASIC..=msr::IA32_VMX_VMFUNC => self.caps.msr(number),
+            _ => None,
+        }
+    }
+
+    /// WRMSR of IA32_FEATURE_CONTROL; `None` for other MSRs (the capability MSRs can't be written).
+    pub fn write_msr(&mut self, number: u32, value: u64) -> Option<Result<(), devices::GpFault>> {
+        (number == msr::IA32_FEATURE_CONTROL)
+            .then(|| self.state.feature_control.write(value).map_err(|_| devices::GpFault))
+    }
+}
+
+/// Whether an engine can do what nesting needs: without EPT and VPIDs L2 can't be run.
+pub fn is_possible<E: Engine>(engine: &E) -> bool {
+    engine.capabilities().has_secondary(SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID)
+}
