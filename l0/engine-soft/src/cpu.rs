@@ -250,9 +250,8 @@ impl Shared {
 
     /// Waits until someone kicked or asked for an invalidation, at most for `timeout`.
     pub(crate) fn wait(&self, timeout: Option<Duration>) {
-        let idle = |(): &mut ()| {
-            !self.kicked.load(Ordering::SeqCst) && !self.invalidate.load(Ordering::SeqCst)
-        };
+        let idle =
+            |(): &mut ()| !self.kicked.load(Ordering::SeqCst) && !self.invalidate.load(Ordering::SeqCst);
         let guard = self.parking.lock().unwrap_or_else(|e| e.into_inner());
         match timeout {
             Some(t) => drop(self.wake.wait_timeout_while(guard, t, idle)),
@@ -544,6 +543,6 @@ pub fn gpr8_number(r: Register) -> usize {
         Register::CL => 1,
         Register::DL => 2,
         Register::BL => 3,
-        _ => (r as usize).wrapping_sub(Register::SPL as usize) + 4 & 15,
+        _ => ((r as usize).wrapping_sub(Register::SPL as usize) + 4) & 15,
     }
 }

@@ -22,7 +22,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use engine::{
-    Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, LinearFault, Vcpu, VmExit,
+    Activity, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, InvalidateScope, Kick, LinearFault, Vcpu,
+    VmExit,
 };
 use memory::{Gpa, MachineMemory};
 use x86_spec::caps::VmxCapabilities;

@@ -1289,7 +1289,9 @@ impl Cpu {
     fn paging_entry_address(&mut self, how: How, linear: u64, gpa: u64, access: u64) -> Exec<u64> {
         match self.ept_lookup(gpa & !0xfff, access) {
             // Without EPT the walk goes to what is behind the page (SDM Vol. 3C §30.4.6.2).
-            Ok((machine, _)) if self.ept_on() && self.is_apic_page(machine) => Err(self.physical_apic_access()),
+            Ok((machine, _)) if self.ept_on() && self.is_apic_page(machine) => {
+                Err(self.physical_apic_access())
+            }
             Ok((machine, _)) if self.mmu.is_memory(machine, 0x1000) => Ok(machine | gpa & 0xfff),
             Ok(_) => Err(self.no_memory(gpa, linear)),
             Err(mut miss) => {

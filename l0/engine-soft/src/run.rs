@@ -57,10 +57,11 @@ impl Cpu {
             }
             // SAFETY: the first op of a live block, which is `self.block`.
             next = unsafe { (b.ops.get_unchecked(0).run)(self, b.ops.as_ptr()) };
-            if next.is_null() && self.reason != Reason::None {
-                if let Some(exit) = self.settle() {
-                    return Some(exit);
-                }
+            if next.is_null()
+                && self.reason != Reason::None
+                && let Some(exit) = self.settle()
+            {
+                return Some(exit);
             }
         }
     }

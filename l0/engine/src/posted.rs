@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(vmcs.guest.interrupt_status, 0x3061, "RVI is the highest, SVI stays");
         assert_eq!(memory.read_u64(MachineAddr(0x1008)).unwrap(), 0);
         assert_eq!(memory.read_u64(MachineAddr(0x1020)).unwrap(), 0x1_00f2_0000);
-        let register = |at| {
+        let register = |at: u64| {
             let mut b = [0; 4];
             memory.read(MachineAddr(0x2000 + at), &mut b).unwrap();
             u32::from_le_bytes(b)

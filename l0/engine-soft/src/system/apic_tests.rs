@@ -514,6 +514,20 @@ fn vmcs_shadowing() {
     g.expect_event(ex::PF, Some(2));
 }
 
+/// In the wait-for-SIPI state the preemption timer doesn't exit (SDM Vol. 3C §26.5.1), nor do windows
+/// or virtual interrupts; the kick does, by which L0 makes the exit of a start-up IPI.
+#[test]
+fn wait_for_sipi_blocks_events() {
+    let mut g = delivering(&[0x90], 0x61, 0).primary(C::NMI_WINDOW_EXITING).patch(|g| {
+        g.vmcs.guest.activity = Activity::WaitForSipi;
+        g.vmcs.controls.pin |= PinbasedControls::VMX_PREEMPTION_TIMER;
+        g.vmcs.guest.preemption_timer = 0;
+    });
+    g.vcpu.kicker().kick();
+    g.expect(R::ExternalInterrupt);
+    assert_eq!(g.vmcs.guest.interrupt_status, status(0x61, 0));
+}
+
 /// An inactive guest waits without a timer until it is kicked (SDM Vol. 3C §25.4.2).
 #[test]
 fn kick_ends_the_wait_of_an_inactive_guest() {

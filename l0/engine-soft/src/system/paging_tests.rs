@@ -359,7 +359,7 @@ fn ept_guest(user: bool, access: Access, leaf: u64) -> Guest {
     let mut g = if user { Guest::user(&bytes) } else { Guest::long(&bytes) };
     g.write64(0x3008, EPT_TABLE | ept::RWX | ept::XU);
     for n in 0..512u64 {
-        g.write64(EPT_TABLE + n * 8, PAGE + n * 0x1000 | WB | ept::RWX | ept::XU);
+        g.write64(EPT_TABLE + n * 8, (PAGE + n * 0x1000) | WB | ept::RWX | ept::XU);
     }
     g.write64(EPT_TABLE, PAGE | leaf);
     g.write(PAGE + 8, &VMCALL);

@@ -151,6 +151,11 @@ pub fn breakpoints(dr7: u64) -> impl Iterator<Item = Breakpoint> {
 /// A VM exit.
 pub fn check(cpu: &mut Cpu) -> Exec {
     finish_previous(cpu);
+    while cpu.activity == Activity::WaitForSipi {
+        // Everything else is blocked, the preemption timer too (SDM Vol. 3C §26.5.1, §27.7.2).
+        kick(cpu)?;
+        wait(cpu, None);
+    }
     if let Some(exit) = cpu.boundary.trap_exit.take() {
         return Err(cpu.exit(exit));
     }
@@ -169,17 +174,17 @@ pub fn check(cpu: &mut Cpu) -> Exec {
         if cpu.activity == Activity::Active {
             break;
         }
-        wait(cpu);
+        wait(cpu, cpu.timer_deadline);
     }
     instruction_breakpoint(cpu)?;
     prepare_next(cpu);
     Ok(())
 }
 
-/// Waits, with an inactive guest, for what may end that: a kick, an invalidation, the preemption
-/// timer. Nothing else can: virtual interrupts come only from the guest itself.
-fn wait(cpu: &mut Cpu) {
-    let left = cpu.timer_deadline.map(|deadline| {
+/// Waits, with an inactive guest, for what may end that: a kick, an invalidation, `deadline` (a TSC
+/// value). Nothing else can: virtual interrupts come only from the guest itself.
+fn wait(cpu: &mut Cpu, deadline: Option<u64>) {
+    let left = deadline.map(|deadline| {
         let ticks = deadline.saturating_sub(host_tsc()) as u128;
         let nanos = (ticks * 1_000_000_000).div_ceil(tsc_frequency() as u128);
         Duration::from_nanos(nanos.min(u64::MAX as u128) as u64)
@@ -250,9 +255,8 @@ fn windows(cpu: &mut Cpu) -> Exec {
         return Ok(());
     }
     let blocking = cpu.interruptibility;
-    let inactive = matches!(cpu.activity, Activity::Shutdown | Activity::WaitForSipi);
-    let nmi_blocked =
-        blocking & (interruptibility::NMI | SHADOW) != 0 || cpu.activity == Activity::WaitForSipi;
+    let inactive = cpu.activity == Activity::Shutdown;
+    let nmi_blocked = blocking & (interruptibility::NMI | SHADOW) != 0;
     if cpu.primary(P::NMI_WINDOW_EXITING) && !nmi_blocked {
         return Err(cpu.exit(VmExit::new(ExitReason::NmiWindow)));
     }

@@ -56,13 +56,12 @@ pub(super) fn vmfunc(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if !cpu.secondary(SecondaryControls::ENABLE_VM_FUNCTIONS) || function >= 64 {
         return Err(cpu.ud());
     }
-    if function == EPTP_SWITCHING && cpu.controls.vm_functions & 1 << EPTP_SWITCHING != 0 {
-        if let Some(eptp) = listed_eptp(cpu, cpu.gpr(gpr::RCX) as u32) {
-            cpu.controls.eptp = eptp;
-            // Translations are tagged with the EPTP: nothing is to be flushed.
-            cpu.mmu_reselect();
-            return Ok(());
-        }
+    let enabled = function == EPTP_SWITCHING && cpu.controls.vm_functions & 1 << EPTP_SWITCHING != 0;
+    if enabled && let Some(eptp) = listed_eptp(cpu, cpu.gpr(gpr::RCX) as u32) {
+        cpu.controls.eptp = eptp;
+        // Translations are tagged with the EPTP: nothing is to be flushed.
+        cpu.mmu_reselect();
+        return Ok(());
     }
     Err(cpu.instruction_exit(i, ExitReason::Vmfunc))
 }
