@@ -540,3 +540,38 @@ fn kick_ends_the_wait_of_an_inactive_guest() {
         assert_eq!((g.vmcs.guest.activity, g.vmcs.guest.rip), (activity, CODE));
     }
 }
+
+/// Virtualized writes by instructions of every kind: string, locked, x87, push.
+#[test]
+fn apic_page_writes_by_kind() {
+    let run = |bytes: &[u8], register, value: u64| {
+        let mut g = apic(bytes, S::VIRTUALIZE_APIC_REGISTER)
+            .with(register, APIC + 0x80)
+            .with(gpr::RAX, value)
+            .with(gpr::RCX, 1);
+        g.write(VIRTUAL_APIC + 0x80, &[0x50]);
+        g.vmcs.controls.tpr_threshold = 3;
+        g
+    };
+    // rep stosd; nop
+    let mut g = run(&[0xf3, 0xab, 0x90, HLT], gpr::RDI, 0x10);
+    g.expect(R::TprBelowThreshold);
+    assert_eq!((g.vmcs.guest.rip, g.regs.gpr[gpr::RCX]), (CODE + 2, 0));
+    // lock and [rbx], eax; nop
+    let mut g = run(&[0xf0, 0x21, 0x03, 0x90, HLT], gpr::RBX, 0x1f);
+    g.expect(R::TprBelowThreshold);
+    assert_eq!((g.vmcs.guest.rip, g.read32(VIRTUAL_APIC + 0x80)), (CODE + 3, 0x10));
+    // fldz; fstp dword [rbx]; nop
+    let mut g = run(&[0xd9, 0xee, 0xd9, 0x1b, 0x90, HLT], gpr::RBX, 0);
+    g.expect(R::TprBelowThreshold);
+    assert_eq!((g.vmcs.guest.rip, g.read32(VIRTUAL_APIC + 0x80)), (CODE + 4, 0));
+    // The second element of a string is elsewhere, and exits; the first is done.
+    let mut g = run(&[0xf3, 0xab, HLT], gpr::RDI, 0x40).with(gpr::RCX, 2);
+    let e = g.expect(R::ApicAccess);
+    assert_eq!((e.qualification, g.regs.gpr[gpr::RCX]), (1 << 12 | 0x84, 1));
+    assert_eq!(g.read32(VIRTUAL_APIC + 0x80), 0x40);
+    // push of 8 bytes
+    let mut g = run(&[0x50], gpr::RSP, 0);
+    assert_eq!(g.expect(R::ApicAccess).qualification, 1 << 12 | 0x78);
+    assert_eq!(g.vmcs.guest.rsp, APIC + 0x80);
+}
