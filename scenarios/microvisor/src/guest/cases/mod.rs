@@ -1,0 +1,23 @@
+//! The cases, by group.
+
+mod boot;
+
+use super::suite::Case;
+
+/// Makes a table of cases: name, section, function.
+macro_rules! cases {
+    ($vmx:literal; $($name:literal $section:literal $run:expr;)*) => {
+        /// The cases of this module.
+        pub const CASES: &[$crate::guest::suite::Case] = &[$(
+            $crate::guest::suite::Case { name: $name, section: $section, vmx: $vmx, run: $run },
+        )*];
+    };
+}
+pub(crate) use cases;
+
+/// Calls `f` with every case.
+pub fn all(f: &mut dyn FnMut(&Case)) {
+    for group in [boot::CASES] {
+        group.iter().for_each(&mut *f);
+    }
+}

@@ -1,0 +1,24 @@
+//! A small bare-metal VMX hypervisor that runs as L1 and runs micro L2 guests: the test bed
+//! for VMX emulation, and the program that exit benchmarks run in.
+//!
+//! The hypervisor itself is the module `guest`; `build.rs` makes it a multiboot image, whose
+//! place [`IMAGE`] tells. This library is what host programs see of it.
+//!
+//! The image's command line, in words:
+//!
+//! - `only=PREFIX`: run the cases whose names start with one of the prefixes, which commas part;
+//! - `list`: print the names and sections of the cases and end;
+//! - `bench`: measure exits instead; `rounds=N` is the number of rounds of each;
+//! - `verbose`: print each case's name before it runs.
+//!
+//! Each case ends in one line, `ok NAME`, `skip NAME (why)` or `FAIL NAME: what`; the last line counts
+//! them. The image ends through isa-debug-exit at port F4H: 0 when no case failed, 1 when some did,
+//! 2 after an exception or a panic in the hypervisor itself.
+
+/// Path of the multiboot image.
+pub const IMAGE: &str = env!("MICROVISOR_IMAGE");
+
+// Compiled into the image by `build.rs`; here only to be seen by lints and documentation.
+#[cfg(any(clippy, doc))]
+#[allow(dead_code)]
+mod guest;
