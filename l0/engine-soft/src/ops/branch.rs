@@ -23,7 +23,8 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn follow_link(&mut self, slot: usize, start: u64) -> *const Block {
         // SAFETY: `block` runs, so it is alive.
-        let link = unsafe { (&(*self.block).links).get_unchecked(slot & 1) };
+        let links = unsafe { &(*self.block).links };
+        let link = &links[slot & 1];
         if link.generation == self.blocks.generation {
             return link.block;
         }
