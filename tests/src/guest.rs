@@ -20,7 +20,7 @@ pub fn launch(kernel: Kernel, options: &[&str]) -> Launch {
 pub struct CommandResult {
     /// Its exit status.
     pub status: u32,
-    /// What it printed, with lines ended by `\n`.
+    /// What it printed, with lines ended by `\n`, without empty lines at its start.
     pub output: String,
 }
 
@@ -61,11 +61,11 @@ impl Guest {
         // The shell echoes what is typed, so the marks are typed in pieces.
         let line = format!("echo '<''<'; {command}; echo '<''='$?'=>'\n");
         self.process.type_bytes(line.as_bytes());
-        self.process.expect("<<\r\n", COMMAND);
-        let output = self.process.expect("<=", COMMAND);
+        self.process.expect("<<", COMMAND);
+        let output = self.process.expect("<=", COMMAND).replace('\r', "");
         let status = self.process.expect("=>", COMMAND);
         let status = status.parse().unwrap_or_else(|_| panic!("{command}: status {status:?}"));
-        CommandResult { status, output: output.replace("\r\n", "\n") }
+        CommandResult { status, output: output.trim_start_matches('\n').to_owned() }
     }
 
     /// Types a command that has to succeed; its output.

@@ -329,6 +329,21 @@ impl Process {
         }
     }
 
+    /// Waits until the process is stopped, as by a shell's job control.
+    #[track_caller]
+    pub fn expect_stopped(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        loop {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
+            // The state comes after the name, which is in parentheses (proc_pid_stat(5)).
+            if stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T')) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{}: not stopped: {stat}\n{}", self.name, self.shown());
+            thread::yield_now();
+        }
+    }
+
     /// A line of /proc/PID/status, in KiB.
     pub fn memory_kib(&self, key: &str) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());

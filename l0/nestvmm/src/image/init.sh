@@ -26,21 +26,27 @@ elif grep -qw svm /proc/cpuinfo; then
     modprobe kvm_amd 2>/dev/null
 fi
 
-# busybox's poweroff, reboot and halt signal process 1.
-trap 'sync; poweroff -f' USR2
-trap 'sync; halt -f' USR1
-trap 'sync; reboot -f' TERM
-
 cd /root
 # nestvmm_exec="..." on the kernel command line runs a command instead of a shell.
 if [ -n "$nestvmm_exec" ]; then
     sh -c "$nestvmm_exec" </dev/console
     echo "nestvmm: L1 command ended with status $?"
-else
-    echo "nestvmm: L1 ready"
-    # In the background, so that a signal's trap runs at once and not when it ends.
-    setsid cttyhack sh -i &
-    wait $!
+    sync
+    poweroff -f
 fi
-sync
+
+# busybox's init does what process 1 has to: poweroff and reboot ask it, and what it
+# starts handles signals as usual (a background command of this script would ignore Ctrl-C).
+cat >/etc/inittab <<'EOF'
+::once:/etc/session
+::ctrlaltdel:/bin/reboot
+EOF
+cat >/etc/session <<'EOF'
+#!/bin/sh
+echo "nestvmm: L1 ready"
+cd /root
+setsid cttyhack sh -i
 poweroff -f
+EOF
+chmod 755 /etc/session
+exec init
