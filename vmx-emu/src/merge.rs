@@ -16,6 +16,8 @@
 pub mod bitmaps;
 pub mod cr;
 pub mod provenance;
+#[cfg(test)]
+pub(crate) mod tests;
 pub mod tsc;
 pub mod vpid;
 
