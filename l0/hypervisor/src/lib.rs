@@ -27,6 +27,7 @@ pub mod vm;
 pub mod vmcs01;
 
 pub use board::Board;
+pub use nested::VmcsAccess;
 pub use report::CrashReport;
 pub use vcpu_loop::{RunEnd, Start, VcpuLoop};
 pub use vm::{Vm, VmBuilder, VmConfig, VmError, VmHandle};

@@ -144,7 +144,8 @@ pub struct Rig {
 
 impl Rig {
     pub fn new() -> Self {
-        let config = VmConfig { ram: 4 << 20, cpus: 1, vmx: false };
+        let config =
+            VmConfig { ram: 4 << 20, cpus: 1, vmx: false, vmcs_access: crate::nested::VmcsAccess::Trapped };
         let memory = Arc::new(MachineMemory::new(config.machine_memory().unwrap()).unwrap());
         let script = Arc::new(Mutex::new(Script::default()));
         let tsc = Arc::new(AtomicU64::new(1 << 40));

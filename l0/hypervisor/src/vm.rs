@@ -13,7 +13,7 @@ use crate::board::Board;
 use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
 use crate::msr::GuestTsc;
-use crate::nested::{self, NestedError};
+use crate::nested::{self, NestedError, VmcsAccess};
 use crate::stats::{ExitStats, StatsSummary};
 use crate::vmcs01::{self, MissingControl};
 
@@ -29,6 +29,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Offer VMX to L1.
     pub vmx: bool,
+    /// How L1's VMREAD and VMWRITE are done.
+    pub vmcs_access: VmcsAccess,
 }
 
 impl VmConfig {
@@ -88,6 +90,7 @@ pub struct VmBuilder<E: Engine> {
     cpuid: CpuidModel,
     clock: Arc<dyn Clock>,
     tscs: Vec<Arc<GuestTsc>>,
+    vmcs_access: VmcsAccess,
 }
 
 impl<E: Engine + 'static> VmBuilder<E> {
@@ -113,7 +116,8 @@ impl<E: Engine + 'static> VmBuilder<E> {
         };
         let clock = Arc::new(EngineClock { tsc: Box::new(now(&engine)), start: engine.tsc(), hz });
         let tscs = (0..config.cpus.max(1)).map(|_| GuestTsc::new(now(&engine), hz)).collect();
-        Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs })
+        let vmcs_access = config.vmcs_access;
+        Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs, vmcs_access })
     }
 
     /// L1's RAM.
@@ -183,6 +187,10 @@ impl<E: Engine> Vm<E> {
     /// The TSC of vCPU `cpu`.
     pub fn tsc(&self, cpu: usize) -> Option<&Arc<GuestTsc>> {
         self.base.tscs.get(cpu)
+    }
+    /// How L1's VMREAD and VMWRITE are done.
+    pub(crate) fn vmcs_access(&self) -> VmcsAccess {
+        self.base.vmcs_access
     }
     /// The devices.
     pub fn board(&self) -> &dyn Board {

@@ -163,6 +163,9 @@ pub struct RunArgs {
     /// Offer VMX to the guest, so that it can be a hypervisor
     #[arg(long)]
     pub vmx: bool,
+    /// How L1's VMREAD and VMWRITE are done
+    #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
+    pub vmcs_access: VmcsAccessChoice,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -205,6 +208,24 @@ pub enum EngineChoice {
     Soft,
     /// Whichever is best here.
     Auto,
+}
+
+/// `--vmcs-access`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VmcsAccessChoice {
+    /// Each exits to L0.
+    Trapped,
+    /// In a shadow VMCS, without an exit.
+    Shadow,
+}
+
+impl From<VmcsAccessChoice> for hypervisor::VmcsAccess {
+    fn from(choice: VmcsAccessChoice) -> Self {
+        match choice {
+            VmcsAccessChoice::Trapped => Self::Trapped,
+            VmcsAccessChoice::Shadow => Self::Shadow,
+        }
+    }
 }
 
 /// `--entry-point`.

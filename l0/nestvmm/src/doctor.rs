@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use engine::Engine;
 use engine_soft::SoftEngine;
-use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig};
+use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmcsAccess};
 use kvm_ioctls::{Cap, Kvm};
 use machine::boot::{BootGprs, BootState, BootTable};
 use machine::{Pc, PcConfig};
@@ -222,7 +222,7 @@ const LOOP: [u8; 12] = [0xb9, 0x00, 0x2d, 0x31, 0x01, 0x49, 0x75, 0xfd, 0xb0, 0x
 /// The engine's TSC frequency in MHz, and its instructions a second in a small loop.
 fn measure_soft() -> Result<(u64, u64), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let config = VmConfig { ram: 4 << 20, cpus: 1, vmx: false };
+    let config = VmConfig { ram: 4 << 20, cpus: 1, vmx: false, vmcs_access: VmcsAccess::Trapped };
     let size = config.machine_memory().ok_or("no memory size")?;
     let memory = Arc::new(MachineMemory::new(size).map_err(|e| text(&e))?);
     let engine = Arc::new(SoftEngine::new(memory.clone()).map_err(|e| text(&e))?);

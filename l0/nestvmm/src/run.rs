@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use engine::Engine;
 use engine_soft::SoftEngine;
+use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
 use machine::image::ImageKind;
@@ -65,7 +66,7 @@ fn run_machines(
     session: &Arc<Session>,
 ) -> Result<End, Failure> {
     loop {
-        let end = boot_once(SoftEngine::new, args, files, output, session)?;
+        let end = boot_once(soft_engine, args, files, output, session)?;
         match end {
             RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
             RunEnd::DebugExit(status) => return Ok(End::Status(status as u8)),
@@ -86,6 +87,16 @@ fn run_machines(
     }
 }
 
+/// The software engine, able to do VMREAD and VMWRITE in shadow VMCSs of `vmx-emu`'s layout.
+fn soft_engine(memory: Arc<MachineMemory>) -> Result<SoftEngine, engine::EngineError> {
+    let fields = vmx_emu::shadow_layout().iter().map(|f| ShadowField {
+        encoding: f.encoding,
+        offset: f.offset,
+        width: f.width,
+    });
+    Ok(SoftEngine::new(memory)?.with_vmcs_shadowing(ShadowLayout::new(fields)))
+}
+
 /// From power-on to the end of one machine.
 fn boot_once<E: Engine + 'static>(
     new_engine: impl FnOnce(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
@@ -94,7 +105,12 @@ fn boot_once<E: Engine + 'static>(
     output: &Output,
     session: &Arc<Session>,
 ) -> Result<RunEnd, Failure> {
-    let config = VmConfig { ram: args.memory.0, cpus: CPUS.into(), vmx: args.vmx };
+    let config = VmConfig {
+        ram: args.memory.0,
+        cpus: CPUS.into(),
+        vmx: args.vmx,
+        vmcs_access: args.vmcs_access.into(),
+    };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
     let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);
     let engine = Arc::new(new_engine(memory.clone()).map_err(Failure::host)?);

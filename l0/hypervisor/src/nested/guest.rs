@@ -299,6 +299,7 @@ impl<E: Engine> VcpuLoop<E> {
         self.event = None;
         self.devices_touched();
         self.restrict_control_registers();
+        self.store_shadow_vmcs();
         // MSR lists may have moved the TSC.
         self.vmcs.controls.tsc_offset = self.msrs.tsc().offset();
         match result {

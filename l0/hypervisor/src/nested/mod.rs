@@ -7,6 +7,7 @@ mod guest;
 pub(crate) mod l1;
 mod msrs;
 mod root;
+mod shadow;
 
 use engine::{Engine, EngineVmcs};
 use ept_compress::{Ept02, Ept02Error, Format};
@@ -23,6 +24,8 @@ use crate::cpuid::PHYSICAL_BITS;
 use crate::vm::Vm;
 
 pub(crate) use root::vmx_instruction;
+use shadow::ShadowPage;
+pub use shadow::VmcsAccess;
 
 /// Pages that the tables of EPT02 may take.
 const EPT02_PAGES: u64 = 2048;
@@ -56,6 +59,8 @@ pub(crate) struct Nested {
     rate: u8,
     /// The entry injected a pending MTF exit.
     mtf_injected: bool,
+    /// The page that L1 reads and writes its current VMCS in without exits, where it does.
+    shadow: Option<ShadowPage>,
     /// Where the control bits of VMCS02 come from.
     origins: Option<ControlOrigins>,
 }
@@ -65,13 +70,18 @@ impl Nested {
     ///
     /// # Errors
     /// [`NestedError`] when L0's pool is too small.
-    pub fn new<E: Engine>(vm: &Vm<E>, cr4: u64) -> Result<Self, NestedError> {
+    pub fn new<E: Engine>(vm: &Vm<E>, cr4: u64, access: VmcsAccess) -> Result<Self, NestedError> {
         let engine = vm.engine().capabilities();
         let cpu = L1Cpu { cr4, physical_bits: PHYSICAL_BITS, withheld: SecondaryControls::empty() };
         let caps = Capabilities::new(engine, &cpu);
         let format = Format::from_capabilities(engine.ept_vpid, PHYSICAL_BITS);
         let pool = vm.pool();
+        let can_shadow = engine.has_secondary(SecondaryControls::VMCS_SHADOWING);
+        let shadow = (access == VmcsAccess::Shadow && can_shadow)
+            .then(|| ShadowPage::new(vm.memory(), pool, &caps))
+            .transpose()?;
         Ok(Self {
+            shadow,
             rate: (caps.misc & 0x1f) as u8,
             caps,
             state: VmxState::new(FeatureControl::ENABLED),

@@ -13,6 +13,7 @@ use crate::vcpu_loop::VcpuLoop;
 /// A VMX instruction of L1.
 pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     let vm = cpu.vm().clone();
+    cpu.load_shadow_vmcs();
     let Some(nested) = cpu.nested.as_mut() else {
         cpu.inject_exception(exception::UD, None);
         return Outcome::Resume;
@@ -51,6 +52,7 @@ impl<E: Engine> VcpuLoop<E> {
         }
         self.vmcs.guest.rflags = result.rflags(self.vmcs.guest.rflags);
         self.restrict_control_registers();
+        self.store_shadow_vmcs();
         self.skip_instruction(exit);
         Outcome::Resume
     }
