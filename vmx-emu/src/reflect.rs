@@ -467,3 +467,435 @@ fn load_msrs(parts: &mut Parts<'_>) -> Result<(), Abort> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::merge::tests::machine;
+    use crate::merge::Merged;
+    use crate::physical::MsrFault;
+    use memory::{Gpa, L1Gpa, L1Ram};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// MSRs: EFER in the context, 10H to 1FH in the processor, nothing else.
+    #[derive(Default)]
+    struct FewMsrs {
+        own: BTreeMap<u32, u64>,
+        x2apic: bool,
+    }
+
+    impl Msrs for FewMsrs {
+        fn read_msr(&mut self, guest: &GuestState, _: &GuestRegs, index: u32) -> Result<u64, MsrFault> {
+            match index {
+                msr::EFER => Ok(guest.efer),
+                0x10..=0x1f => Ok(self.own.get(&index).copied().unwrap_or(0)),
+                _ => Err(MsrFault),
+            }
+        }
+        fn write_msr(
+            &mut self,
+            guest: &mut GuestState,
+            _: &mut GuestRegs,
+            index: u32,
+            value: u64,
+        ) -> Result<(), MsrFault> {
+            match index {
+                msr::EFER => guest.efer = value,
+                0x10..=0x1f | 0x800..=0x8ff => {
+                    self.own.insert(index, value);
+                }
+                _ => return Err(MsrFault),
+            }
+            Ok(())
+        }
+        fn x2apic(&self) -> bool {
+            self.x2apic
+        }
+    }
+
+    struct Bench {
+        vmcs12: Vmcs12,
+        vmcs01: EngineVmcs,
+        vmcs02: EngineVmcs,
+        regs: GuestRegs,
+        ram: L1Ram,
+        msrs: FewMsrs,
+    }
+
+    const STORE: u64 = 0x1000;
+    const LOAD: u64 = 0x2000;
+    const ENTRY: u64 = 0x3000;
+
+    impl Bench {
+        /// A 64-bit L1 with a 64-bit L2.
+        fn new() -> Self {
+            let (_, ram) = machine();
+            let mut vmcs12 = Vmcs12::default();
+            for (f, v) in [
+                (Field::HostCr0, cr0::PE | cr0::PG | cr0::NE | cr0::WP),
+                (Field::HostCr3, 0x7000),
+                (Field::HostCr4, cr4::PAE | cr4::VMXE | cr4::PCIDE),
+                (Field::HostRip, 0xffff_8000_0000_1234),
+                (Field::HostRsp, 0xffff_8000_0000_5678),
+                (Field::HostCsSelector, 8),
+                (Field::HostSsSelector, 0x10),
+                (Field::HostFsBase, 0x1111),
+                (Field::HostGsBase, 0x2222),
+                (Field::HostTrSelector, 0x40),
+                (Field::HostTrBase, 0x3333),
+                (Field::HostGdtrBase, 0x4444),
+                (Field::HostIdtrBase, 0x5555),
+                (Field::HostSysenterEip, 0x6666),
+                (Field::ExitControls, X::HOST_ADDRESS_SPACE_SIZE.bits().into()),
+                (Field::ExitMsrStoreAddress, STORE),
+                (Field::ExitMsrLoadAddress, LOAD),
+                (Field::EntryMsrLoadAddress, ENTRY),
+                (Field::EntryControls, u64::from(0x11fb | N::IA32E_MODE_GUEST.bits())),
+            ] {
+                vmcs12.set(f, v);
+            }
+            let mut vmcs02 = EngineVmcs::default();
+            vmcs02.guest.efer = efer::LMA | efer::LME | efer::NXE;
+            vmcs02.guest.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET;
+            vmcs02.guest.cr4 = cr4::PAE | cr4::VMXE;
+            Self {
+                vmcs12,
+                vmcs01: EngineVmcs::default(),
+                vmcs02,
+                regs: GuestRegs::reset(),
+                ram,
+                msrs: FewMsrs::default(),
+            }
+        }
+        fn parts(&mut self) -> Parts<'_> {
+            Parts {
+                vmcs12: &mut self.vmcs12,
+                vmcs01: &mut self.vmcs01,
+                vmcs02: &self.vmcs02,
+                regs: &mut self.regs,
+                l1: &self.ram,
+                msrs: &mut self.msrs,
+                timer12: None,
+                physical_bits: 46,
+            }
+        }
+        fn reflect(&mut self, exit: &VmExit) -> Result<AfterSwitch, Abort> {
+            reflect(exit, &mut self.parts())
+        }
+        fn put(&self, at: u64, words: &[u64]) {
+            for (i, w) in words.iter().enumerate() {
+                L1Physical::write(&self.ram, L1Gpa(at + 8 * i as u64), &w.to_le_bytes());
+            }
+        }
+        fn enter(&mut self) -> Result<(), FailedEntry> {
+            let merged = Merged {
+                controls: engine::Controls::default(),
+                preemption_timer: None,
+                origins: Default::default(),
+                apic_access_elsewhere: None,
+            };
+            let (v02, v01, v12) = (&mut self.vmcs02, &self.vmcs01, &self.vmcs12);
+            enter::enter(v02, merged, v01, v12, &mut self.regs, &self.ram, &mut self.msrs)
+        }
+    }
+
+    /// §28.5.
+    #[test]
+    fn a_64_bit_host_is_loaded() {
+        let mut b = Bench::new();
+        b.vmcs01.guest.rflags = 0x246;
+        b.vmcs02.guest.debugctl = 3;
+        let after = b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
+        assert!(after.flush_vpid0, "VMCS12 does not enable VPIDs");
+        let g = &b.vmcs01.guest;
+        assert_eq!((g.rip, g.rsp, g.rflags), (0xffff_8000_0000_1234, 0xffff_8000_0000_5678, 2));
+        assert_eq!((g.dr7, g.debugctl, g.activity), (0x400, 0, Activity::Active));
+        assert_eq!((g.cr3, g.cr4), (0x7000, cr4::PAE | cr4::VMXE | cr4::PCIDE));
+        assert_eq!(g.cr0, cr0::PE | cr0::PG | cr0::NE | cr0::WP | cr0::ET, "ET is never changed");
+        assert_eq!(g.efer, efer::LMA | efer::LME | efer::NXE, "NXE stays as L2 had it");
+        let s = |i: usize| (g.segments[i].selector, g.segments[i].base, g.segments[i].access.0);
+        assert_eq!(s(seg::CS), (8, 0, 0xa09b));
+        assert_eq!(s(seg::SS), (0x10, 0, 0xc093));
+        assert_eq!(s(seg::DS), (0, 0, 0x10000), "a null selector is unusable");
+        assert_eq!(s(seg::FS), (0, 0x1111, 0x10000));
+        assert_eq!(s(seg::GS), (0, 0x2222, 0x10000));
+        assert_eq!(s(seg::TR), (0x40, 0x3333, 0x8b));
+        assert_eq!(s(seg::LDTR), (0, 0, 0x10000));
+        assert_eq!(g.segments[seg::TR].limit, 0x67);
+        assert_eq!(g.segments[seg::CS].limit, u32::MAX);
+        assert_eq!((g.gdtr, g.idtr.base), (DescriptorTable { base: 0x4444, limit: 0xffff }, 0x5555));
+        assert_eq!((g.sysenter_eip, g.interruptibility, g.pending_debug), (0x6666, 0, 0));
+    }
+
+    #[test]
+    fn a_32_bit_host_is_loaded() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::ExitControls, 0);
+        assert_eq!(b.reflect(&VmExit::new(ExitReason::Cpuid)), Err(Abort::HostAddressSpace));
+        b.vmcs02.guest.efer = efer::NXE;
+        b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
+        let g = &b.vmcs01.guest;
+        assert_eq!(g.segments[seg::CS].access.0, 0xc09b);
+        assert_eq!((g.efer, g.cr4 & cr4::PCIDE, g.rip), (efer::NXE, 0, 0x1234));
+    }
+
+    #[test]
+    fn optional_msrs_are_loaded_if_asked_for() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::HostPat, 0x0606);
+        b.vmcs12.set(Field::HostEfer, efer::LMA | efer::LME | efer::SCE);
+        b.vmcs02.guest.pat = 0x0404;
+        b.reflect(&VmExit::new(ExitReason::Hlt)).unwrap();
+        assert_eq!(b.vmcs01.guest.pat, 0x0404, "L2's PAT stays in the processor");
+        let controls = X::HOST_ADDRESS_SPACE_SIZE | X::LOAD_IA32_PAT | X::LOAD_IA32_EFER;
+        b.vmcs12.set(Field::ExitControls, controls.bits().into());
+        b.reflect(&VmExit::new(ExitReason::Hlt)).unwrap();
+        assert_eq!((b.vmcs01.guest.pat, b.vmcs01.guest.efer), (0x0606, efer::LMA | efer::LME | efer::SCE));
+    }
+
+    /// §28.2.
+    #[test]
+    fn exit_information_is_copied() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::GuestPhysicalAddress, 0x99);
+        b.vmcs12.set(Field::EntryInterruptionInfo, 0x8000_0b0e);
+        let exit = VmExit {
+            qualification: 0x1234,
+            interruption_info: InterruptionInfo(0x8000_0b0d),
+            interruption_error_code: 7,
+            idt_vectoring: InterruptionInfo(0x8000_0020),
+            idt_vectoring_error_code: 9,
+            instruction_length: 3,
+            instruction_info: 0x55,
+            guest_linear: 0x4321,
+            guest_physical: Gpa(0x77),
+            ..VmExit::new(ExitReason::ExceptionOrNmi)
+        };
+        b.reflect(&exit).unwrap();
+        let v = |f| b.vmcs12.get(f);
+        assert_eq!((v(Field::ExitReason), v(Field::ExitQualification)), (0, 0x1234));
+        assert_eq!((v(Field::ExitInterruptionInfo), v(Field::ExitInterruptionErrorCode)), (0x8000_0b0d, 7));
+        assert_eq!((v(Field::IdtVectoringInfo), v(Field::IdtVectoringErrorCode)), (0x8000_0020, 9));
+        assert_eq!((v(Field::ExitInstructionLength), v(Field::ExitInstructionInfo)), (3, 0x55));
+        assert_eq!(v(Field::GuestLinearAddress), 0x4321);
+        assert_eq!(v(Field::GuestPhysicalAddress), 0x99, "only EPT exits set it");
+        assert_eq!(v(Field::EntryInterruptionInfo), 0x0b0e, "the valid bit is cleared");
+        b.reflect(&VmExit { reason: ExitReason::EptViolation, ..exit }).unwrap();
+        assert_eq!(b.vmcs12.get(Field::GuestPhysicalAddress), 0x77);
+    }
+
+    /// §28.2.4: an event that was not yet delivered is not lost.
+    #[test]
+    fn an_event_to_be_injected_becomes_idt_vectoring() {
+        let mut b = Bench::new();
+        b.vmcs02.controls.entry_interruption =
+            InterruptionInfo::new(0x80, EventType::SoftwareInterrupt, false);
+        b.vmcs02.controls.entry_instruction_length = 2;
+        b.reflect(&VmExit::new(ExitReason::ExternalInterrupt)).unwrap();
+        assert_eq!(b.vmcs12.get(Field::IdtVectoringInfo), 0x8000_0480);
+        assert_eq!(b.vmcs12.get(Field::ExitInstructionLength), 2);
+        // And the other way: an exit that L0 keeps has it delivered again.
+        let mut v = EngineVmcs::default();
+        v.guest.interruptibility = interruptibility::NMI;
+        let exit = VmExit {
+            idt_vectoring: InterruptionInfo::new(2, EventType::Nmi, false),
+            ..VmExit::new(ExitReason::EptViolation)
+        };
+        requeue_vectoring(&mut v, &exit);
+        assert_eq!(v.controls.entry_interruption, exit.idt_vectoring);
+        assert_eq!(v.guest.interruptibility, 0, "injection needs NMIs unblocked");
+    }
+
+    /// §27.8.
+    #[test]
+    fn a_failed_entry_leaves_guest_state_and_injection() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::GuestRip, 0xabcd);
+        b.vmcs12.set(Field::EntryInterruptionInfo, 0x8000_0b0e);
+        b.vmcs12.set(Field::ExitInterruptionInfo, 0x42);
+        b.vmcs12.set(Field::ExitMsrStoreCount, 1);
+        b.put(STORE, &[0x9999, 0]);
+        b.put(LOAD, &[0x10, 5]);
+        b.vmcs12.set(Field::ExitMsrLoadCount, 1);
+        let exit = VmExit { entry_failure: true, ..VmExit::new(ExitReason::InvalidGuestState).qualified(4) };
+        b.reflect(&exit).unwrap();
+        let v = |f| b.vmcs12.get(f);
+        assert_eq!((v(Field::ExitReason), v(Field::ExitQualification)), (0x8000_0021, 4));
+        assert_eq!((v(Field::GuestRip), v(Field::EntryInterruptionInfo)), (0xabcd, 0x8000_0b0e));
+        assert_eq!(v(Field::ExitInterruptionInfo), 0x42);
+        assert_eq!(b.vmcs01.guest.rip, 0xffff_8000_0000_1234, "host state is loaded");
+        assert_eq!(b.msrs.own.get(&0x10), Some(&5), "and so are its MSRs");
+    }
+
+    /// §28.4, §28.6, §28.7.
+    #[test]
+    fn msr_lists_and_aborts() {
+        let mut b = Bench::new();
+        b.msrs.own.insert(0x11, 0x1234);
+        b.put(STORE, &[0x11, 0, msr::EFER.into(), 0]);
+        b.put(LOAD, &[0x12, 77]);
+        b.vmcs12.set(Field::ExitMsrStoreCount, 2);
+        b.vmcs12.set(Field::ExitMsrLoadCount, 1);
+        b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
+        assert_eq!(b.ram.read_u64(L1Gpa(STORE + 8)), 0x1234);
+        assert_eq!(b.ram.read_u64(L1Gpa(STORE + 24)), b.vmcs02.guest.efer, "L2's EFER");
+        assert_eq!(b.msrs.own.get(&0x12), Some(&77));
+        let mut fails = |list: u64, word: u64| {
+            b.put(STORE, &[0x11, 0, 0x11, 0]);
+            b.put(LOAD, &[0x12, 0]);
+            b.put(list, &[word]);
+            b.msrs.x2apic = true;
+            b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap_err()
+        };
+        assert_eq!(fails(STORE + 16, 0x9999), Abort::SaveGuestMsrs { entry: 2 });
+        assert_eq!(fails(STORE, 1 << 32 | 0x11), Abort::SaveGuestMsrs { entry: 1 });
+        assert_eq!(fails(STORE, 0x808), Abort::SaveGuestMsrs { entry: 1 });
+        assert_eq!(fails(LOAD, 0x808), Abort::LoadHostMsrs { entry: 1 });
+        assert_eq!(fails(LOAD, msr::FS_BASE.into()), Abort::LoadHostMsrs { entry: 1 });
+        assert_eq!(fails(LOAD, 1 << 32 | 0x12).indicator(), 4);
+    }
+
+    #[test]
+    fn pdptes_of_a_pae_host() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::ExitControls, 0);
+        b.vmcs02.guest.efer = 0;
+        b.put(0x7000, &[0x5001, 0, 0x6001, 0]);
+        b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
+        assert_eq!(b.vmcs01.guest.pdptes, [0x5001, 0, 0x6001, 0]);
+        // Bit 1 of a present PDPTE is reserved (SDM Vol. 3A table 4-8).
+        b.put(0x7000, &[0x5003]);
+        assert_eq!(b.reflect(&VmExit::new(ExitReason::Cpuid)), Err(Abort::HostPdptes { cr3: 0x7000 }));
+    }
+
+    /// §28.5.5 and §26.3: who has NMIs blocked afterwards.
+    #[test]
+    fn nmi_blocking_after_the_exit() {
+        let nmi = interruptibility::NMI;
+        let virtual_nmis = u64::from((P::NMI_EXITING | P::VIRTUAL_NMIS).bits());
+        let plain = u64::from(P::NMI_EXITING.bits());
+        for (pin, l1, l2, expected) in
+            [(virtual_nmis, 0, nmi, 0), (virtual_nmis, nmi, 0, nmi), (plain, 0, nmi, nmi), (plain, nmi, 0, 0)]
+        {
+            let mut b = Bench::new();
+            b.vmcs12.set(Field::PinControls, pin);
+            b.vmcs01.guest.interruptibility = l1 | interruptibility::STI;
+            b.vmcs02.guest.interruptibility = l2;
+            b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
+            assert_eq!(b.vmcs01.guest.interruptibility, expected, "{pin:#x} {l1} {l2}");
+        }
+        let mut b = Bench::new();
+        let exit = VmExit {
+            interruption_info: InterruptionInfo::new(2, EventType::Nmi, false),
+            ..VmExit::new(ExitReason::ExceptionOrNmi)
+        };
+        b.reflect(&exit).unwrap();
+        assert_eq!(b.vmcs01.guest.interruptibility, nmi);
+    }
+
+    #[test]
+    fn the_timer_is_saved_if_asked_for() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::PreemptionTimer, 100);
+        let timer = Some((Timer12::start(100, 5, 0), 32 * 60));
+        let go = |b: &mut Bench, reason| {
+            let mut parts = b.parts();
+            parts.timer12 = timer;
+            reflect(&VmExit::new(reason), &mut parts).unwrap();
+            b.vmcs12.get(Field::PreemptionTimer)
+        };
+        assert_eq!(go(&mut b, ExitReason::Cpuid), 100);
+        let save = X::HOST_ADDRESS_SPACE_SIZE | X::SAVE_VMX_PREEMPTION_TIMER;
+        b.vmcs12.set(Field::ExitControls, save.bits().into());
+        assert_eq!(go(&mut b, ExitReason::Cpuid), 40);
+        assert_eq!(go(&mut b, ExitReason::PreemptionTimer), 0);
+    }
+
+    /// §27.4.
+    #[test]
+    fn entry_msr_list() {
+        let mut b = Bench::new();
+        b.vmcs12.set(Field::EntryMsrLoadCount, 2);
+        b.put(ENTRY, &[0x10, 1, 0x11, 2]);
+        assert_eq!(b.enter(), Ok(()));
+        assert_eq!((b.msrs.own.get(&0x10), b.msrs.own.get(&0x11)), (Some(&1), Some(&2)));
+        let mut fails = |number: u64, word: u64| {
+            b.put(ENTRY, &[0x10, 1, 0x11, 2]);
+            b.put(ENTRY + (number - 1) * 16, &[word]);
+            let e = b.enter().unwrap_err();
+            assert_eq!(e, FailedEntry { reason: ExitReason::MsrLoading, qualification: number });
+        };
+        fails(1, msr::FS_BASE.into());
+        fails(2, msr::GS_BASE.into());
+        fails(2, msr::IA32_SMM_MONITOR_CTL.into());
+        fails(1, 1 << 40 | 0x10);
+        fails(2, 0x9999);
+    }
+
+    /// §27.3.2.1.
+    #[test]
+    fn what_an_entry_loads_only_if_asked_for() {
+        let mut b = Bench::new();
+        let l1 = &mut b.vmcs01.guest;
+        (l1.dr7, l1.debugctl, l1.pat, l1.efer) = (0x401, 1, 0x11, efer::LMA | efer::LME | efer::NXE);
+        l1.cr0 = cr0::CD | cr0::ET | cr0::PE;
+        for (f, v) in [
+            (Field::GuestDr7, 0xffff_ffff),
+            (Field::GuestDebugctl, 2),
+            (Field::GuestPat, 0x22),
+            (Field::GuestEfer, efer::SCE),
+            (Field::GuestCr0, cr0::PE | cr0::PG | cr0::NE | cr0::NW),
+            (Field::EntryControls, 0),
+        ] {
+            b.vmcs12.set(f, v);
+        }
+        b.enter().unwrap();
+        let g = &b.vmcs02.guest;
+        assert_eq!((g.dr7, g.debugctl, g.pat), (0x401, 1, 0x11));
+        assert_eq!(g.efer, efer::NXE, "LMA and LME follow \"IA-32e mode guest\" with paging");
+        assert_eq!(g.cr0, cr0::PE | cr0::PG | cr0::NE | cr0::CD | cr0::ET, "CD, NW and ET stay");
+        let all = N::LOAD_DEBUG_CONTROLS | N::LOAD_IA32_PAT | N::LOAD_IA32_EFER;
+        b.vmcs12.set(Field::EntryControls, all.bits().into());
+        b.enter().unwrap();
+        let g = &b.vmcs02.guest;
+        assert_eq!((g.dr7, g.debugctl, g.pat, g.efer), (0xffff_2fff, 2, 0x22, efer::SCE));
+    }
+
+    proptest! {
+        /// What an entry loads, an exit saves: L2's state survives the trip through VMCS02.
+        #[test]
+        fn guest_state_survives(values in prop::collection::vec(any::<u64>(), Field::COUNT), ept: bool) {
+            let mut b = Bench::new();
+            for (f, v) in Field::ALL.iter().zip(values) {
+                if f.field_type() == crate::FieldType::Guest {
+                    b.vmcs12.set(*f, v);
+                }
+            }
+            let long = b.vmcs12.get(Field::GuestEfer) & efer::LMA;
+            b.vmcs12.set(Field::GuestActivity, b.vmcs12.get(Field::GuestActivity) & 3);
+            b.vmcs12.set(Field::GuestCr0, b.vmcs12.get(Field::GuestCr0) & cr0::DEFINED & !(cr0::CD | cr0::NW) | cr0::ET);
+            b.vmcs12.set(Field::GuestDr7, b.vmcs12.get(Field::GuestDr7) & 0xffff_2fff | 0x400);
+            for s in [Field::GuestEsAccessRights, Field::GuestSsAccessRights, Field::GuestDsAccessRights, Field::GuestLdtrAccessRights] {
+                b.vmcs12.set(s, b.vmcs12.get(s) & !0x10000);
+            }
+            let entry = N::LOAD_DEBUG_CONTROLS | N::LOAD_IA32_PAT | N::LOAD_IA32_EFER;
+            let entry = if long != 0 { entry | N::IA32E_MODE_GUEST } else { entry };
+            b.vmcs12.set(Field::EntryControls, entry.bits().into());
+            let exit = X::SAVE_DEBUG_CONTROLS | X::SAVE_IA32_PAT | X::SAVE_IA32_EFER | X::HOST_ADDRESS_SPACE_SIZE;
+            b.vmcs12.set(Field::ExitControls, exit.bits().into());
+            if ept {
+                let c = x86_spec::controls::PrimaryControls::SECONDARY_CONTROLS;
+                b.vmcs12.set(Field::PrimaryControls, c.bits().into());
+                b.vmcs12.set(Field::SecondaryControls, (S::ENABLE_EPT | S::VIRTUAL_INTERRUPT_DELIVERY).bits().into());
+            }
+            b.vmcs01.guest.cr0 = cr0::ET;
+            let before = b.vmcs12.clone();
+            b.enter().unwrap();
+            save_guest_state(&mut b.vmcs12, &b.vmcs02.guest);
+            for f in Field::ALL {
+                prop_assert_eq!(b.vmcs12.get(*f), before.get(*f), "{}", f.name());
+            }
+        }
+    }
+}

@@ -388,3 +388,247 @@ fn lmsw_exits(cr0_12: CrMask, source: u64) -> bool {
     let low = cr0::MP | cr0::EM | cr0::TS;
     (source ^ cr0_12.shadow) & cr0_12.mask & low != 0 || cr0_12.mask & source & !cr0_12.shadow & cr0::PE != 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::merge::tests::machine;
+    use memory::{L1Gpa, L1Ram};
+    use x86_spec::interruption::InterruptionInfo;
+    use x86_spec::segment::AccessRights;
+
+    struct Bench {
+        ram: L1Ram,
+        vmcs12: Vmcs12,
+        guest: GuestState,
+        regs: GuestRegs,
+        timer12_expired: bool,
+        mtf_injected: bool,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let mut guest = GuestState { efer: efer::LMA | efer::LME, ..GuestState::default() };
+            guest.segments[seg::CS].access = AccessRights(0xa09b);
+            let (_, ram) = machine();
+            Self {
+                ram,
+                vmcs12: Vmcs12::default(),
+                guest,
+                regs: GuestRegs::reset(),
+                timer12_expired: false,
+                mtf_injected: false,
+            }
+        }
+        fn with(mut self, primary: C, secondary: S) -> Self {
+            let primary = if secondary.is_empty() { primary } else { primary | C::SECONDARY_CONTROLS };
+            self.vmcs12.set(Field::PrimaryControls, primary.bits().into());
+            self.vmcs12.set(Field::SecondaryControls, secondary.bits().into());
+            self
+        }
+        fn pin(mut self, pin: P) -> Self {
+            self.vmcs12.set(Field::PinControls, pin.bits().into());
+            self
+        }
+        fn set(mut self, field: Field, value: u64) -> Self {
+            self.vmcs12.set(field, value);
+            self
+        }
+        fn gpr(mut self, index: usize, value: u64) -> Self {
+            self.regs.gpr[index] = value;
+            self
+        }
+        fn route(&self, exit: &VmExit) -> Owner {
+            let context = Context {
+                vmcs12: &self.vmcs12,
+                guest: &self.guest,
+                regs: &self.regs,
+                l1: &self.ram,
+                timer12_expired: self.timer12_expired,
+                mtf_injected: self.mtf_injected,
+            };
+            route(exit, &context).owner
+        }
+        fn reason(&self, reason: R) -> Owner {
+            self.route(&VmExit::new(reason))
+        }
+    }
+
+    #[test]
+    fn every_reason_has_its_rule() {
+        let reasons: Vec<R> = TABLE.iter().map(|r| r.reason).collect();
+        assert_eq!(reasons, R::ALL);
+        assert!(TABLE.iter().all(|r| r.section.split('.').all(|n| n.parse::<u32>().is_ok())));
+    }
+
+    /// SDM Vol. 3C §26.1.3: exits that one control decides. (Primary, secondary, reason.)
+    #[test]
+    fn exits_follow_their_control() {
+        const NONE: (C, S) = (C::empty(), S::empty());
+        let cases = [
+            (C::INTERRUPT_WINDOW_EXITING, NONE.1, R::InterruptWindow),
+            (C::NMI_WINDOW_EXITING, NONE.1, R::NmiWindow),
+            (C::HLT_EXITING, NONE.1, R::Hlt),
+            (C::INVLPG_EXITING, NONE.1, R::Invlpg),
+            (C::RDPMC_EXITING, NONE.1, R::Rdpmc),
+            (C::RDTSC_EXITING, NONE.1, R::Rdtsc),
+            (C::RDTSC_EXITING, S::ENABLE_RDTSCP, R::Rdtscp),
+            (C::INVLPG_EXITING, S::ENABLE_INVPCID, R::Invpcid),
+            (C::MOV_DR_EXITING, NONE.1, R::MovDr),
+            (C::UNCOND_IO_EXITING, NONE.1, R::IoInstruction),
+            (C::MWAIT_EXITING, NONE.1, R::Mwait),
+            (C::MONITOR_EXITING, NONE.1, R::Monitor),
+            (C::MONITOR_TRAP_FLAG, NONE.1, R::MonitorTrapFlag),
+            (C::PAUSE_EXITING, NONE.1, R::Pause),
+            (NONE.0, S::PAUSE_LOOP_EXITING, R::Pause),
+            (NONE.0, S::DTABLE_EXITING, R::GdtrIdtrAccess),
+            (NONE.0, S::DTABLE_EXITING, R::LdtrTrAccess),
+            (NONE.0, S::WBINVD_EXITING, R::Wbinvd),
+            (NONE.0, S::RDRAND_EXITING, R::Rdrand),
+            (NONE.0, S::RDSEED_EXITING, R::Rdseed),
+        ];
+        for (primary, secondary, reason) in cases {
+            assert_eq!(Bench::new().with(primary, secondary).reason(reason), Owner::L1, "{reason:?}");
+            assert_eq!(Bench::new().reason(reason), Owner::L0, "{reason:?}");
+        }
+        // A secondary control counts only if they are activated.
+        let idle = Bench::new().set(Field::SecondaryControls, S::all().bits().into());
+        assert_eq!(idle.reason(R::Wbinvd), Owner::L0);
+    }
+
+    /// §26.1.2, §26.2.
+    #[test]
+    fn unconditional_exits_are_l1s() {
+        for r in [
+            R::Cpuid,
+            R::Getsec,
+            R::Invd,
+            R::Xsetbv,
+            R::Vmcall,
+            R::Vmclear,
+            R::Vmlaunch,
+            R::Vmptrld,
+            R::Vmptrst,
+            R::Vmread,
+            R::Vmresume,
+            R::Vmwrite,
+            R::Vmxoff,
+            R::Vmxon,
+            R::Invept,
+            R::Invvpid,
+            R::TripleFault,
+            R::TaskSwitch,
+            R::Init,
+            R::Sipi,
+            R::TprBelowThreshold,
+            R::ApicAccess,
+            R::ApicWrite,
+            R::VirtualizedEoi,
+        ] {
+            assert_eq!(Bench::new().reason(r), Owner::L1, "{r:?}");
+        }
+        assert_eq!(Bench::new().reason(R::ExternalInterrupt), Owner::L0);
+    }
+
+    /// §25.6.3: a page fault exits by bit 14 where code AND mask is the match, against it elsewhere.
+    #[test]
+    fn exceptions_follow_the_bitmap() {
+        let exit = |vector, code| VmExit {
+            interruption_info: InterruptionInfo::new(vector, EventType::HardwareException, true),
+            interruption_error_code: code,
+            ..VmExit::new(R::ExceptionOrNmi)
+        };
+        let b = Bench::new().set(Field::ExceptionBitmap, 1 << 13 | 1 << 14);
+        assert_eq!(b.route(&exit(13, 0)), Owner::L1);
+        assert_eq!(b.route(&exit(12, 0)), Owner::L0);
+        let b = b.set(Field::PageFaultErrorCodeMask, 4).set(Field::PageFaultErrorCodeMatch, 4);
+        assert_eq!((b.route(&exit(14, 4)), b.route(&exit(14, 1))), (Owner::L1, Owner::L0));
+        let b = b.set(Field::ExceptionBitmap, 0);
+        assert_eq!((b.route(&exit(14, 4)), b.route(&exit(14, 1))), (Owner::L0, Owner::L1));
+        let nmi = VmExit {
+            interruption_info: InterruptionInfo::new(2, EventType::Nmi, false),
+            ..VmExit::new(R::ExceptionOrNmi)
+        };
+        assert_eq!(b.set(Field::ExceptionBitmap, u64::MAX).route(&nmi), Owner::L0);
+    }
+
+    /// §26.1.3, MOV CR, CLTS, LMSW.
+    #[test]
+    fn control_registers() {
+        use cr_access::Kind;
+        let mov = |cr, kind| VmExit::new(R::CrAccess).qualified(cr_access::mov(cr, kind, 3));
+        let masked = || Bench::new().set(Field::Cr0Mask, cr0::TS | cr0::PE).set(Field::Cr0Shadow, cr0::TS);
+        assert_eq!(masked().gpr(3, cr0::TS).route(&mov(0, Kind::MovTo)), Owner::L0, "as the shadow");
+        assert_eq!(masked().gpr(3, 0).route(&mov(0, Kind::MovTo)), Owner::L1);
+        assert_eq!(masked().gpr(3, cr0::TS | cr0::WP).route(&mov(0, Kind::MovTo)), Owner::L0);
+        assert_eq!(masked().route(&mov(0, Kind::Clts)), Owner::L1);
+        assert_eq!(masked().set(Field::Cr0Shadow, 0).route(&mov(0, Kind::Clts)), Owner::L0);
+        let lmsw = |source: u64| VmExit::new(R::CrAccess).qualified(3 << 4 | source << 16);
+        assert_eq!(masked().route(&lmsw(cr0::TS)), Owner::L0);
+        assert_eq!(masked().route(&lmsw(cr0::TS | cr0::PE)), Owner::L1, "LMSW can set PE");
+        assert_eq!(masked().route(&lmsw(0)), Owner::L1);
+        let pe = masked().set(Field::Cr0Shadow, cr0::TS | cr0::PE);
+        assert_eq!(pe.route(&lmsw(cr0::TS)), Owner::L0, "LMSW can't clear PE");
+        let cr4 = Bench::new().set(Field::Cr4Mask, 1 << 5).gpr(3, 1 << 5);
+        assert_eq!(cr4.route(&mov(4, Kind::MovTo)), Owner::L1);
+        let cr3 = || {
+            let b = Bench::new().with(C::CR3_LOAD_EXITING, S::empty()).gpr(3, 0x5000);
+            b.set(Field::Cr3Target1, 0x5000)
+        };
+        assert_eq!(cr3().set(Field::Cr3TargetCount, 2).route(&mov(3, Kind::MovTo)), Owner::L0);
+        assert_eq!(cr3().set(Field::Cr3TargetCount, 1).route(&mov(3, Kind::MovTo)), Owner::L1);
+        assert_eq!(cr3().route(&mov(3, Kind::MovFrom)), Owner::L0);
+        let cr8 = Bench::new().with(C::CR8_STORE_EXITING, S::empty());
+        assert_eq!(cr8.route(&mov(8, Kind::MovFrom)), Owner::L1);
+        assert_eq!(cr8.route(&mov(8, Kind::MovTo)), Owner::L0);
+    }
+
+    #[test]
+    fn ports_and_msrs_follow_l1s_bitmaps() {
+        let b = Bench::new().with(C::USE_IO_BITMAPS | C::USE_MSR_BITMAPS, S::empty());
+        let b = b.set(Field::IoBitmapA, 0x1000).set(Field::IoBitmapB, 0x2000).set(Field::MsrBitmap, 0x3000);
+        let l1: &dyn L1Physical = &b.ram;
+        l1.write(L1Gpa(0x1000 + 0x60 / 8), &[1]);
+        // WRMSR of IA32_EFER: the quarter at C00H.
+        l1.write(L1Gpa(0x3000 + 0xc00 + 0x80 / 8), &[1]);
+        let port = |p| VmExit::new(R::IoInstruction).qualified(io::qualification(p, 1, io::IN));
+        assert_eq!((b.route(&port(0x60)), b.route(&port(0x61))), (Owner::L1, Owner::L0));
+        let b = b.gpr(gpr::RCX, 0xc000_0080);
+        assert_eq!((b.reason(R::Wrmsr), b.reason(R::Rdmsr)), (Owner::L1, Owner::L0));
+        let b = b.gpr(gpr::RCX, 0x4000_0000);
+        assert_eq!(b.reason(R::Rdmsr), Owner::L1, "outside both ranges");
+    }
+
+    #[test]
+    fn shadowing_ept_timer_and_functions() {
+        let mut b = Bench::new().with(C::empty(), S::VMCS_SHADOWING | S::ENABLE_EPT | S::ENABLE_VM_FUNCTIONS);
+        b = b.set(Field::VmreadBitmap, 0x4000).pin(P::VMX_PREEMPTION_TIMER);
+        assert_eq!(b.reason(R::EptViolation), Owner::Composition);
+        assert_eq!(Bench::new().reason(R::EptViolation), Owner::L0);
+        let vmread = VmExit { instruction_info: 5 << 28, ..VmExit::new(R::Vmread) };
+        assert_eq!(b.route(&vmread), Owner::L0, "encoding 0, its bit is 0");
+        L1Physical::write(&b.ram, L1Gpa(0x4000), &[1]);
+        assert_eq!(b.route(&vmread), Owner::L1);
+        b = b.gpr(5, 1 << 15);
+        assert_eq!(b.route(&vmread), Owner::L1, "bits above 14 are not for bitmaps");
+        assert_eq!(b.reason(R::PreemptionTimer), Owner::L0);
+        b.timer12_expired = true;
+        assert_eq!(b.reason(R::PreemptionTimer), Owner::L1);
+        assert_eq!(b.reason(R::Vmfunc), Owner::L1, "EPTP switching is not enabled");
+        b = b.set(Field::VmFunctionControls, 1);
+        assert_eq!(b.reason(R::Vmfunc), Owner::L0);
+        assert_eq!(b.gpr(gpr::RAX, 64).reason(R::Vmfunc), Owner::L1);
+        let mtf = Bench { mtf_injected: true, ..Bench::new() };
+        assert_eq!(mtf.reason(R::MonitorTrapFlag), Owner::L1);
+    }
+
+    /// §26.1.3: EDX:EAX, IA32_XSS and the bitmap.
+    #[test]
+    fn xsaves() {
+        let mut b = Bench::new().set(Field::XssExitBitmap, 1 << 8).gpr(gpr::RAX, u64::MAX);
+        assert_eq!(b.reason(R::Xsaves), Owner::L0);
+        b.regs.msrs.xss = 1 << 8;
+        assert_eq!((b.reason(R::Xsaves), b.reason(R::Xrstors)), (Owner::L1, Owner::L1));
+        assert_eq!(b.gpr(gpr::RAX, 1).reason(R::Xsaves), Owner::L0);
+    }
+}

@@ -394,3 +394,86 @@ fn tsc_offsets_add_up_and_scaling_needs_offsetting() {
     assert_eq!((c.tsc_offset, c.tsc_multiplier), (550, tsc::UNIT / 2));
     assert!(c.secondary.contains(S::USE_TSC_SCALING));
 }
+
+proptest! {
+    /// Any VMCS12 goes through merge, entry, routing, reflection and the view without a panic,
+    /// whatever the entry checks would have said.
+    #[test]
+    fn any_vmcs12_is_survived(
+        values in prop::collection::vec(any::<u64>(), Field::COUNT),
+        qualification: u64, info: u32, gpr: [u64; 16],
+    ) {
+        use crate::physical::{MsrFault, Msrs};
+        use crate::{enter, reflect, route, view};
+        use engine::{GuestRegs, GuestState, VmExit};
+        use x86_spec::exit::ExitReason;
+
+        struct NoMsrs;
+        impl Msrs for NoMsrs {
+            fn read_msr(&mut self, _: &GuestState, _: &GuestRegs, _: u32) -> Result<u64, MsrFault> {
+                Ok(0)
+            }
+            fn write_msr(&mut self, _: &mut GuestState, _: &mut GuestRegs, _: u32, _: u64) -> Result<(), MsrFault> {
+                Ok(())
+            }
+            fn x2apic(&self) -> bool {
+                true
+            }
+        }
+
+        let mut b = Bench::new(C::USE_MSR_BITMAPS | C::UNCOND_IO_EXITING | C::SECONDARY_CONTROLS, C::empty());
+        for (f, v) in Field::ALL.iter().zip(values) {
+            b.vmcs12.set(*f, v);
+        }
+        let merged = b.merge();
+        let origins = merged.origins;
+        let mut vmcs02 = EngineVmcs::default();
+        let mut regs = GuestRegs { gpr, ..GuestRegs::reset() };
+        let entered = enter::enter(&mut vmcs02, merged, &b.vmcs01, &b.vmcs12, &mut regs, &b.ram, &mut NoMsrs);
+        let view = view::ThreeWay {
+            vmcs01: &b.vmcs01, vmcs12: &b.vmcs12, vmcs02: &vmcs02, origins: Some(&origins),
+        };
+        prop_assert!(view.to_string().contains("Guest RIP"));
+        let mut vmcs01 = b.vmcs01.clone();
+        for reason in ExitReason::ALL {
+            let exit = VmExit { instruction_info: info, ..VmExit::new(*reason).qualified(qualification) };
+            let context = route::Context {
+                vmcs12: &b.vmcs12, guest: &vmcs02.guest, regs: &regs, l1: &b.ram,
+                timer12_expired: false, mtf_injected: false,
+            };
+            route::route(&exit, &context);
+        }
+        let mut parts = reflect::Parts {
+            vmcs12: &mut b.vmcs12, vmcs01: &mut vmcs01, vmcs02: &vmcs02, regs: &mut regs, l1: &b.ram,
+            msrs: &mut NoMsrs, timer12: None, physical_bits: 46,
+        };
+        let _ = match entered {
+            Ok(()) => reflect::reflect(&VmExit::new(ExitReason::Cpuid), &mut parts),
+            Err(failed) => failed.reflect(&mut parts),
+        };
+    }
+}
+
+#[test]
+fn the_view_names_bits_values_and_origins() {
+    let mut b = Bench::new(C::HLT_EXITING, C::RDTSC_EXITING);
+    b.vmcs12.set(Field::GuestRip, 0x1234);
+    b.vmcs12.set(Field::TscOffset, 5);
+    let merged = b.merge();
+    let vmcs02 = EngineVmcs { controls: merged.controls, ..EngineVmcs::default() };
+    let view = crate::view::ThreeWay {
+        vmcs01: &b.vmcs01,
+        vmcs12: &b.vmcs12,
+        vmcs02: &vmcs02,
+        origins: Some(&merged.origins),
+    };
+    let text = view.to_string();
+    let line =
+        |name: &str| text.lines().find(|l| l.contains(name)).unwrap_or_else(|| panic!("{name}: {text}"));
+    let words = |name| line(name).split_whitespace().rev().take(6).collect::<Vec<_>>();
+    assert_eq!(words("HLT exiting"), ["it", "needs", "L0", "1", "0", "1"]);
+    assert_eq!(words("RDTSC exiting"), ["it", "wants", "L1", "1", "1", "0"]);
+    assert!(!text.contains("WBINVD exiting"), "bits that nobody sets are left out");
+    // VMCS02 differs from VMCS12 here, as no guest state was loaded.
+    assert!(line("Guest RIP").starts_with(" *"), "{text}");
+}
