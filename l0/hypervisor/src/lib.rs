@@ -30,4 +30,4 @@ pub use board::Board;
 pub use nested::VmcsAccess;
 pub use report::CrashReport;
 pub use vcpu_loop::{RunEnd, Start, VcpuLoop};
-pub use vm::{Vm, VmBuilder, VmConfig, VmError, VmHandle};
+pub use vm::{FailedEntries, Vm, VmBuilder, VmConfig, VmError, VmHandle};

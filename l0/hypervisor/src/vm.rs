@@ -1,5 +1,6 @@
 //! A virtual machine: what its vCPUs share, and the handle for other threads.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -221,9 +222,22 @@ struct CpuSignal {
     instructions: AtomicU64,
 }
 
+/// Explanations of failed VM entries that are kept; older ones give way.
+const MAX_EXPLAINED: usize = 8;
+
+/// VM entries of L1 that failed.
+#[derive(Clone, Debug, Default)]
+pub struct FailedEntries {
+    /// How many there were.
+    pub count: u64,
+    /// Explanations of the last ones, oldest first.
+    pub last: VecDeque<String>,
+}
+
 struct Shared {
     cpus: Vec<CpuSignal>,
     stop: AtomicBool,
+    failed_entries: Mutex<FailedEntries>,
 }
 
 /// Lets other threads wake, stop and watch a machine.
@@ -233,7 +247,8 @@ pub struct VmHandle(Arc<Shared>);
 impl VmHandle {
     fn new(cpus: usize) -> Self {
         let cpus = (0..cpus).map(|_| CpuSignal::default()).collect();
-        Self(Arc::new(Shared { cpus, stop: AtomicBool::new(false) }))
+        let failed_entries = Mutex::default();
+        Self(Arc::new(Shared { cpus, stop: AtomicBool::new(false), failed_entries }))
     }
 
     /// Tells vCPU `cpu` to look at its interrupts and devices again: it leaves the guest or
@@ -275,6 +290,21 @@ impl VmHandle {
     pub fn stats(&self, cpu: usize) -> Option<StatsSummary> {
         let c = self.0.cpus.get(cpu)?;
         Some(lock(&c.stats).summary(c.instructions.load(Ordering::Relaxed)))
+    }
+
+    /// VM entries of L1 that failed so far, and why.
+    pub fn failed_entries(&self) -> FailedEntries {
+        lock(&self.0.failed_entries).clone()
+    }
+
+    /// Records a failed VM entry of L1.
+    pub(crate) fn entry_failed(&self, explanation: impl FnOnce() -> String) {
+        let mut failed = lock(&self.0.failed_entries);
+        failed.count += 1;
+        if failed.last.len() == MAX_EXPLAINED {
+            failed.last.pop_front();
+        }
+        failed.last.push_back(explanation());
     }
 
     pub(crate) fn set_kicker(&self, cpu: usize, kicker: Arc<dyn Kick>) {

@@ -161,8 +161,8 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
     /// Offer VMX to the guest, so that it can be a hypervisor
-    #[arg(long)]
-    pub vmx: bool,
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub vmx: OnOff,
     /// How L1's VMREAD and VMWRITE are done
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
@@ -170,6 +170,10 @@ pub struct RunArgs {
     /// socket that is listened on) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub console: ConsoleTarget,
+    /// Say at the end why VM entries of the guest failed: every check, with field values and what
+    /// would satisfy it
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub explain_entries: OnOff,
     /// Print exit statistics at the end and on SIGUSR1
     #[arg(long)]
     pub exit_stats: bool,
@@ -208,6 +212,15 @@ pub enum EngineChoice {
     Soft,
     /// Whichever is best here.
     Auto,
+}
+
+/// A switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// `--vmcs-access`.

@@ -15,7 +15,7 @@ use machine::{Pc, PcConfig, acpi, image};
 use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{ConsoleTarget, EntryPoint, OnCrash, OnReset, RunArgs};
+use crate::cli::{ConsoleTarget, EntryPoint, OnCrash, OnOff, OnReset, RunArgs};
 use crate::console::{Console, Output};
 use crate::crash;
 use crate::session::{Running, Session};
@@ -108,7 +108,7 @@ fn boot_once<E: Engine + 'static>(
     let config = VmConfig {
         ram: args.memory.0,
         cpus: CPUS.into(),
-        vmx: args.vmx,
+        vmx: args.vmx == OnOff::On,
         vmcs_access: args.vmcs_access.into(),
     };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
@@ -159,11 +159,27 @@ fn boot_once<E: Engine + 'static>(
     if let Some(stopped) = session.clear_running() {
         // However the run ended: what the guest printed last is what one wants to see.
         stopped.pc.flush_console();
+        if args.explain_entries == OnOff::On {
+            explain_entries(&stopped.handle.failed_entries());
+        }
         if args.exit_stats {
             stopped.print_stats();
         }
     }
     end.map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
+}
+
+/// Says why VM entries of the guest failed, if any did.
+fn explain_entries(failed: &hypervisor::FailedEntries) {
+    if failed.count == 0 {
+        return;
+    }
+    let shown = failed.last.len();
+    // The terminal may still be raw.
+    eprint!("\r\n{} VM entries of the guest failed; the last {shown}:\r\n", failed.count);
+    for text in &failed.last {
+        eprint!("{}\r\n", text.replace('\n', "\r\n"));
+    }
 }
 
 fn vm_failure(e: VmError) -> Failure {

@@ -167,7 +167,9 @@ impl<E: Engine> VcpuLoop<E> {
         };
         let report = checks::run(&context);
         if !report.passed() {
-            tracing::warn!(target: "vmentry", "VM entry of L1 at {:#x} fails:\n{report}", self.vmcs.guest.rip);
+            let rip = self.vmcs.guest.rip;
+            vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"));
+            tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
         }
         match report.architectural() {
             Answer::Enter => self.enter_l2(),
@@ -233,14 +235,18 @@ impl<E: Engine> VcpuLoop<E> {
                 n.state.enter_guest();
                 Outcome::Resume
             }
-            Err(failed) => self.fail_entry(failed),
+            Err(failed) => {
+                let rip = self.vmcs.guest.rip;
+                vm.handle().entry_failed(|| format!("VM entry at {rip:#x}: {failed}"));
+                self.fail_entry(failed)
+            }
         }
     }
 
     /// An entry that fails after its checks on controls and host state: L1 goes on at its host
     /// state.
     fn fail_entry(&mut self, failed: FailedEntry) -> Outcome {
-        tracing::warn!(target: "vmentry", "{failed}");
+        tracing::debug!("{failed}");
         let result = self.with_parts(false, |parts| failed.reflect(parts));
         self.back_in_l1(result)
     }
@@ -319,7 +325,8 @@ impl<E: Engine> VcpuLoop<E> {
     /// Decides whose an exit of L2 is, and hands it on.
     pub(crate) fn dispatch_l2(&mut self, exit: &VmExit) -> Outcome {
         if exit.entry_failure {
-            tracing::warn!(target: "vmentry", "the engine can't run L2's state: {}", exit.reason.name());
+            let name = exit.reason.name();
+            self.vm().handle().entry_failed(|| format!("the engine can't run L2's state: {name}"));
             // VMCS02 never ran; what L1 sees is a failed entry.
             let failed = FailedEntry { reason: exit.reason, qualification: exit.qualification };
             let result = self.with_parts(true, |parts| failed.reflect(parts));
