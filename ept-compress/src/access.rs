@@ -28,6 +28,9 @@ pub struct Access {
 const LINEAR_BITS: u64 =
     q::LINEAR_VALID | q::TRANSLATED | q::USER_LINEAR | q::GUEST_WRITABLE | q::GUEST_XD | q::NMI_UNBLOCKING;
 
+/// A valid linear address, an access to its translation, user-mode.
+const USER_MODE: u64 = q::LINEAR_VALID | q::TRANSLATED | q::USER_LINEAR;
+
 impl Access {
     /// A plain data read, as L0 makes it for itself.
     pub const READ: Self = Self {
@@ -44,13 +47,14 @@ impl Access {
     pub const FETCH: Self = Self { read: false, fetch: true, ..Self::READ };
 
     /// The access behind an EPT violation of the engine. An access with a valid linear
-    /// address that is not to its translation is to a paging-structure entry.
+    /// address that is not to its translation is to a paging-structure entry. Bit 9 means
+    /// something only for an access to the translation (table 28-7).
     pub const fn from_qualification(qualification: u64) -> Self {
         Self {
             read: qualification & q::READ != 0,
             write: qualification & q::WRITE != 0,
             fetch: qualification & q::FETCH != 0,
-            user_mode: qualification & q::USER_LINEAR != 0,
+            user_mode: qualification & USER_MODE == USER_MODE,
             paging_structure: qualification & q::LINEAR_VALID != 0 && qualification & q::TRANSLATED == 0,
             linear_bits: qualification & LINEAR_BITS,
         }

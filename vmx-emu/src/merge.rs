@@ -162,9 +162,8 @@ fn preemption_timer(deadline: Option<u32>, timer12: Option<u32>) -> Option<u32> 
 
 /// Sets the windows that L0 waits for, besides L1's.
 pub fn set_windows(vmcs02: &mut EngineVmcs, vmcs12: &Vmcs12, windows: C) {
-    let both = C::INTERRUPT_WINDOW_EXITING | C::NMI_WINDOW_EXITING;
-    let wanted = (primary12(vmcs12) | windows) & both;
-    let others = vmcs02.controls.primary & !both;
+    let wanted = (primary12(vmcs12) | windows) & WINDOWS;
+    let others = vmcs02.controls.primary & !WINDOWS;
     vmcs02.controls.primary = others | wanted;
 }
 
@@ -193,9 +192,13 @@ fn pin(l0: &L0<'_>, vmcs12: &Vmcs12) -> Origins {
     origins(value, needs.bits(), vmcs12.get32(Field::PinControls), l0.engine.pin, l0.caps.pin)
 }
 
-/// What L0 needs of the primary controls for this VMCS12.
+/// Controls that come and go with what L0 waits for.
+const WINDOWS: C = C::INTERRUPT_WINDOW_EXITING.union(C::NMI_WINDOW_EXITING);
+
+/// What L0 needs of the primary controls for this VMCS12. The windows in VMCS01 are for events
+/// of L1 and say nothing of L2.
 fn primary_needs(l0: &L0<'_>, wants: C) -> C {
-    let mut needs = l0.vmcs01.controls.primary | l0.windows;
+    let mut needs = l0.vmcs01.controls.primary & !WINDOWS | l0.windows & WINDOWS;
     if wants.contains(C::USE_TPR_SHADOW) {
         // CR8 is then the virtual-APIC page's, not that of L1's local APIC.
         needs.remove(C::CR8_LOAD_EXITING | C::CR8_STORE_EXITING);

@@ -10,12 +10,12 @@ use engine::{GuestRegs, GuestState, VmExit};
 use ept_compress::Fault;
 use x86_spec::controls::{PinbasedControls as P, PrimaryControls as C, SecondaryControls as S};
 use x86_spec::exception;
-use x86_spec::exit::{ExitReason as R, cr_access, io};
+use x86_spec::exit::{ExitReason as R, cr_access, ept_violation, io};
 use x86_spec::interruption::EventType;
 use x86_spec::reg::{cr0, efer, gpr};
 use x86_spec::segment::seg;
 
-use crate::capabilities::VMFUNC_EPTP_SWITCHING;
+use crate::capabilities::{Capabilities, VMFUNC_EPTP_SWITCHING};
 use crate::fields::{CR3_TARGETS, Field};
 use crate::merge::PageFaultFilter;
 use crate::merge::bitmaps::{io_exits, msr_exits, primary12, secondary12};
@@ -261,6 +261,43 @@ pub fn of_fault(fault: &Fault) -> Route {
         Fault::L0 { .. } => l0("L1 allows the access; there L1 itself has no memory"),
         Fault::Retry => l0("tables changed during the walk: L2 tries again"),
     }
+}
+
+/// The exit that L1 gets for a fault of the composition, when the engine reported `exit` for
+/// the access; `None` if it is not L1's.
+pub fn exit_of_fault(exit: &VmExit, fault: &Fault) -> Option<VmExit> {
+    // All three keep what the exit says of an event whose delivery it interrupted.
+    match *fault {
+        Fault::L1Violation { qualification } => {
+            Some(VmExit { reason: R::EptViolation, qualification, ..*exit })
+        }
+        // Qualification and guest-linear address are undefined (SDM Vol. 3C §28.2.1).
+        Fault::L1Misconfiguration { .. } => {
+            Some(VmExit { reason: R::EptMisconfiguration, qualification: 0, guest_linear: 0, ..*exit })
+        }
+        // Bit 12, NMI unblocking due to IRET, is the only one (§28.2.1).
+        Fault::L1LogFull => {
+            let qualification = exit.qualification & ept_violation::NMI_UNBLOCKING;
+            Some(VmExit { reason: R::PmlFull, qualification, guest_linear: 0, ..*exit })
+        }
+        Fault::L0 { .. } | Fault::Retry => None,
+    }
+}
+
+/// EPTP switching, VM function 0 (§26.5.6.3): loads EPTP12 from entry `ecx` of L1's list. False
+/// when VMFUNC has to exit to L1 instead: there is no such entry, or VM entry would refuse its
+/// EPTP.
+pub fn switch_eptp(vmcs12: &mut Vmcs12, caps: &Capabilities, l1: &dyn L1Physical, ecx: u32) -> bool {
+    if ecx >= 512 {
+        return false;
+    }
+    let list = memory::L1Gpa(vmcs12.get(Field::EptpListAddress)).page_base();
+    let eptp = l1.read_u64(list.offset(u64::from(ecx) * 8));
+    if !caps.allows_eptp(eptp) {
+        return false;
+    }
+    vmcs12.set(Field::Eptp, eptp);
+    true
 }
 
 fn always(_: &VmExit, _: &Context<'_>) -> Route {
@@ -630,5 +667,48 @@ mod tests {
         b.regs.msrs.xss = 1 << 8;
         assert_eq!((b.reason(R::Xsaves), b.reason(R::Xrstors)), (Owner::L1, Owner::L1));
         assert_eq!(b.gpr(gpr::RAX, 1).reason(R::Xsaves), Owner::L0);
+    }
+
+    #[test]
+    fn faults_become_exits() {
+        use ept_compress::{Entry, L0Fault, Level, Misconfiguration, Step};
+        let exit = VmExit {
+            guest_linear: 5,
+            guest_physical: memory::Gpa(0x123),
+            idt_vectoring: InterruptionInfo(0x8000_0020),
+            ..VmExit::new(R::EptViolation).qualified(0x1182)
+        };
+        let of = |fault| exit_of_fault(&exit, &fault);
+        let v = of(Fault::L1Violation { qualification: 0x11aa }).unwrap();
+        assert_eq!(v, VmExit { qualification: 0x11aa, ..exit });
+        let step = Step { at: L1Gpa(0), level: Level::Pte, entry: Entry(2) };
+        let rule = Misconfiguration::WriteWithoutRead;
+        let m = of(Fault::L1Misconfiguration { rule, step }).unwrap();
+        assert_eq!(
+            (m.reason, m.guest_physical, m.qualification),
+            (R::EptMisconfiguration, exit.guest_physical, 0)
+        );
+        let p = of(Fault::L1LogFull).unwrap();
+        assert_eq!((p.reason, p.qualification, p.idt_vectoring), (R::PmlFull, 1 << 12, exit.idt_vectoring));
+        let l0 = Fault::L0 { gpa: L1Gpa(0), fault: L0Fault::NoMemory };
+        assert_eq!((of(l0), of(Fault::Retry)), (None, None));
+        assert_eq!((of_fault(&l0).owner, of_fault(&Fault::L1LogFull).owner), (Owner::L0, Owner::L1));
+    }
+
+    /// §26.5.6.3.
+    #[test]
+    fn eptp_switching() {
+        let caps = crate::capabilities::tests::full();
+        let b = Bench::new().set(Field::EptpListAddress, 0x5000).set(Field::Eptp, 0x1_001e);
+        let mut vmcs12 = b.vmcs12.clone();
+        for (entry, eptp) in [(0u64, 0x7_001eu64), (1, 0x7_001f), (511, 0x8_005e)] {
+            L1Physical::write(&b.ram, L1Gpa(0x5000 + 8 * entry), &eptp.to_le_bytes());
+        }
+        let mut switch = |ecx| (switch_eptp(&mut vmcs12, &caps, &b.ram, ecx), vmcs12.get(Field::Eptp));
+        assert_eq!(switch(0), (true, 0x7_001e));
+        assert_eq!(switch(1), (false, 0x7_001e), "a memory type that no EPTP can have");
+        assert_eq!(switch(511), (true, 0x8_005e));
+        assert_eq!(switch(512), (false, 0x8_005e));
+        assert_eq!(switch(2), (false, 0x8_005e));
     }
 }

@@ -166,8 +166,7 @@ impl<'a> Processor<'a> {
 }
 
 /// Controls whose 1-setting makes something exit, with no more to it.
-const EXITING: C = C::INTERRUPT_WINDOW_EXITING
-    .union(C::HLT_EXITING)
+const EXITING: C = C::HLT_EXITING
     .union(C::INVLPG_EXITING)
     .union(C::MWAIT_EXITING)
     .union(C::RDPMC_EXITING)
@@ -234,6 +233,9 @@ proptest! {
 
         let either = (l0.primary | l1.primary) & EXITING;
         prop_assert!(p02.primary.contains(either));
+        // The windows of VMCS01 are for L1's events.
+        let windows = C::INTERRUPT_WINDOW_EXITING | C::NMI_WINDOW_EXITING;
+        prop_assert_eq!(p02.primary & windows, l1.primary & windows);
         prop_assert!(p02.secondary.contains((l0.secondary | l1.secondary) & EXITING2));
         prop_assert!(p02.pin.contains((l0.pin | l1.pin) & (P::EXTERNAL_INTERRUPT_EXITING | P::NMI_EXITING)));
         prop_assert_eq!(xss[0] | xss[1], p02.xss);
