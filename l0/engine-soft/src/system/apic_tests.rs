@@ -575,3 +575,18 @@ fn apic_page_writes_by_kind() {
     assert_eq!(g.expect(R::ApicAccess).qualification, 1 << 12 | 0x78);
     assert_eq!(g.vmcs.guest.rsp, APIC + 0x80);
 }
+
+/// Interrupts that L0 posts between two entries are delivered at the next (SDM Vol. 3C §30.6).
+#[test]
+fn posted_interrupts_are_delivered() {
+    const DESCRIPTOR: u64 = 0xe_7000;
+    let mut g = delivering(&[HLT], 0, 0).patch(|g| {
+        g.vmcs.controls.posted_descriptor = MachineAddr(DESCRIPTOR);
+        g.write64(DESCRIPTOR + 8, 1 << (0x51 - 64) | 1 << (0x62 - 64));
+        g.write64(DESCRIPTOR + 32, 1);
+    });
+    assert!(engine::post_interrupts(&g.memory, &mut g.vmcs));
+    g.expect_event(0x62, None);
+    assert_eq!(g.vmcs.guest.interrupt_status, status(0x51, 0x62));
+    assert_eq!(g.read64(DESCRIPTOR + 32), 0);
+}
