@@ -327,11 +327,12 @@ fn exceptions(c: &mut Controls, c01: &Controls, vmcs12: &Vmcs12) {
 }
 
 /// The CR0 bits that L0 holds while L2 runs: VMCS01's, and those that VMX operation fixes to 1
-/// (§24.8). L2 gets #GP(0) for clearing them, from L0 as from a processor.
+/// (§24.8). L2 gets #GP(0) for clearing them, from L0 as from a processor. An unrestricted guest
+/// may clear PE and PG, though VMCS01 holds them: L1 is in VMX root operation and may not.
 pub fn l0_cr0_bits(mask01: u64, vmcs12: &Vmcs12) -> u64 {
     let unrestricted = secondary12(vmcs12).contains(S::UNRESTRICTED_GUEST);
     let exempt = if unrestricted { cr0::PE | cr0::PG } else { 0 };
-    mask01 | Capabilities::CR0_FIXED0 & !exempt
+    (mask01 | Capabilities::CR0_FIXED0) & !exempt
 }
 
 /// The CR4 bits that L0 holds while L2 runs: VMCS01's, and those that VMX operation fixes to 0

@@ -456,6 +456,21 @@ proptest! {
     }
 }
 
+/// SDM Vol. 3C §24.8: PE and PG are fixed to 1 for L1 in root operation and for an L2 that is not an
+/// unrestricted guest.
+#[test]
+fn an_unrestricted_guest_may_leave_paging_and_protection() {
+    let mut b = Bench::new(C::SECONDARY_CONTROLS, C::SECONDARY_CONTROLS);
+    b.vmcs01.controls.secondary |= S::UNRESTRICTED_GUEST;
+    b.vmcs01.controls.cr0_mask = Capabilities::CR0_FIXED0;
+    b.vmcs12.set(Field::GuestCr0, cr0::PE | cr0::PG | cr0::NE);
+    assert_eq!(b.merge().controls.cr0_mask, cr0::PE | cr0::PG | cr0::NE);
+    b.vmcs12.set(Field::SecondaryControls, (S::ENABLE_EPT | S::UNRESTRICTED_GUEST).bits().into());
+    assert_eq!(b.merge().controls.cr0_mask, cr0::NE);
+    b.vmcs12.set(Field::Cr0Mask, cr0::PG);
+    assert_eq!(b.merge().controls.cr0_mask, cr0::NE | cr0::PG, "L1 may still hold it");
+}
+
 #[test]
 fn the_view_names_bits_values_and_origins() {
     let mut b = Bench::new(C::HLT_EXITING, C::RDTSC_EXITING);
