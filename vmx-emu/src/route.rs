@@ -15,7 +15,7 @@ use x86_spec::interruption::EventType;
 use x86_spec::reg::{cr0, efer, gpr};
 use x86_spec::segment::seg;
 
-use crate::capabilities::{Capabilities, VMFUNC_EPTP_SWITCHING};
+use crate::capabilities::VMFUNC_EPTP_SWITCHING;
 use crate::fields::{CR3_TARGETS, Field};
 use crate::merge::PageFaultFilter;
 use crate::merge::bitmaps::{io_exits, msr_exits, primary12, secondary12};
@@ -284,22 +284,6 @@ pub fn exit_of_fault(exit: &VmExit, fault: &Fault) -> Option<VmExit> {
     }
 }
 
-/// EPTP switching, VM function 0 (§26.5.6.3): loads EPTP12 from entry `ecx` of L1's list. False
-/// when VMFUNC has to exit to L1 instead: there is no such entry, or VM entry would refuse its
-/// EPTP.
-pub fn switch_eptp(vmcs12: &mut Vmcs12, caps: &Capabilities, l1: &dyn L1Physical, ecx: u32) -> bool {
-    if ecx >= 512 {
-        return false;
-    }
-    let list = memory::L1Gpa(vmcs12.get(Field::EptpListAddress)).page_base();
-    let eptp = l1.read_u64(list.offset(u64::from(ecx) * 8));
-    if !caps.allows_eptp(eptp) {
-        return false;
-    }
-    vmcs12.set(Field::Eptp, eptp);
-    true
-}
-
 fn always(_: &VmExit, _: &Context<'_>) -> Route {
     l1("the instruction exits unconditionally")
 }
@@ -360,7 +344,7 @@ fn shadowed(exit: &VmExit, c: &Context<'_>, bitmap: Field) -> Route {
 }
 
 /// VMFUNC (§26.5.6.2): an exit if the function is not enabled, else L0 performs it. EPTP switching
-/// with an invalid list entry exits too, which L0 finds out when it performs it.
+/// with an invalid list entry exits too, which [`crate::instructions::vmfunc`] finds out.
 fn vm_function(_: &VmExit, c: &Context<'_>) -> Route {
     let function = c.regs.gpr[gpr::RAX] as u32;
     let enabled = c.vmcs12.get(Field::VmFunctionControls) & VMFUNC_EPTP_SWITCHING;
@@ -693,22 +677,5 @@ mod tests {
         let l0 = Fault::L0 { gpa: L1Gpa(0), fault: L0Fault::NoMemory };
         assert_eq!((of(l0), of(Fault::Retry)), (None, None));
         assert_eq!((of_fault(&l0).owner, of_fault(&Fault::L1LogFull).owner), (Owner::L0, Owner::L1));
-    }
-
-    /// §26.5.6.3.
-    #[test]
-    fn eptp_switching() {
-        let caps = crate::capabilities::tests::full();
-        let b = Bench::new().set(Field::EptpListAddress, 0x5000).set(Field::Eptp, 0x1_001e);
-        let mut vmcs12 = b.vmcs12.clone();
-        for (entry, eptp) in [(0u64, 0x7_001eu64), (1, 0x7_001f), (511, 0x8_005e)] {
-            L1Physical::write(&b.ram, L1Gpa(0x5000 + 8 * entry), &eptp.to_le_bytes());
-        }
-        let mut switch = |ecx| (switch_eptp(&mut vmcs12, &caps, &b.ram, ecx), vmcs12.get(Field::Eptp));
-        assert_eq!(switch(0), (true, 0x7_001e));
-        assert_eq!(switch(1), (false, 0x7_001e), "a memory type that no EPTP can have");
-        assert_eq!(switch(511), (true, 0x8_005e));
-        assert_eq!(switch(512), (false, 0x8_005e));
-        assert_eq!(switch(2), (false, 0x8_005e));
     }
 }
