@@ -163,6 +163,20 @@ impl Interrupts {
         })?
     }
 
+    /// If `vector` is the interrupt that vCPU `cpu` is to run now: acknowledges it and ends it at once, as
+    /// posted-interrupt processing does with its notification (SDM Vol. 3C §30.6).
+    pub fn take_notification(&self, cpu: usize, vector: u8) -> bool {
+        let action = self.with_lapic(cpu, |l| {
+            (l.pending_vector() == Some(vector)).then(|| {
+                l.ack(vector);
+                l.eoi()
+            })
+        });
+        let Some(Some(action)) = action else { return false };
+        self.perform(action);
+        true
+    }
+
     /// RDMSR of a local-APIC MSR by vCPU `cpu`.
     ///
     /// # Errors

@@ -654,7 +654,7 @@ impl LocalApic {
     }
 
     /// EOI (SDM Vol. 3A §11.8.5).
-    fn eoi(&mut self) -> ApicAction {
+    pub(crate) fn eoi(&mut self) -> ApicAction {
         let Some(vector) = self.isr.highest() else {
             return ApicAction::None;
         };

@@ -475,6 +475,7 @@ impl<E: Engine> VcpuLoop<E> {
         let vm = self.vm().clone();
         let interrupts = vm.board().interrupts();
         let nmi = interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        self.process_posted_interrupts();
         let interrupt = interrupts.has_interrupt(self.index);
         let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current())?;
         let nmi_exits = pin12(vmcs12, PinbasedControls::NMI_EXITING);
@@ -509,6 +510,21 @@ impl<E: Engine> VcpuLoop<E> {
             merge::set_timer(&mut self.vmcs, Some(deadline), timer12);
         }
         None
+    }
+
+    /// The notification vector of L1's posted interrupts reaches L2 without an exit to L1 (SDM
+    /// Vol. 3C §30.6).
+    fn process_posted_interrupts(&mut self) {
+        let vm = self.vm().clone();
+        let Some(vmcs12) = self.nested.as_ref().and_then(|n| n.state.current()) else { return };
+        if !pin12(vmcs12, PinbasedControls::POSTED_INTERRUPTS) {
+            return;
+        }
+        let vector = vmcs12.get(Field::PostedInterruptVector) as u8;
+        if vm.board().interrupts().take_notification(self.index, vector) {
+            engine::post_interrupts(vm.memory(), &mut self.vmcs);
+            self.devices_touched();
+        }
     }
 
     /// Gives L2 what L1 lets it take itself, or asks for the window.
