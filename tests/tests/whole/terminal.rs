@@ -86,6 +86,7 @@ fn a_shell_on_a_terminal() {
     process.type_bytes(b"\x03");
     process.type_bytes(b"echo stat''us=$?.\n");
     process.expect("status=130.", COMMAND);
+    process.expect("l1:~# ", COMMAND);
     // Ctrl-D leaves the shell, which powers off.
     let mut process = guest.into_process();
     process.type_bytes(b"\x04");
