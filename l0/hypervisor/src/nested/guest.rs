@@ -8,18 +8,21 @@ use ept_compress::{Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault,
 use memory::{Gpa, L1Gpa, L1Ram, L2Gpa};
 use vmx_emu::checks::{self, Answer, MsrBits};
 use vmx_emu::enter::{self, FailedEntry};
+use vmx_emu::instructions::shadowed;
+use vmx_emu::instructions::vmfunc::{VmFunction, vmfunc};
 use vmx_emu::merge::bitmaps::secondary12;
 use vmx_emu::merge::tsc::{Timer12, TscView};
 use vmx_emu::merge::{self, L0, L2Space};
 use vmx_emu::reflect::{self, Abort, AfterSwitch, Parts};
 use vmx_emu::route::{self, Owner};
-use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Vmcs12};
+use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Outcome as Vmx, Vmcs12};
 use x86_spec::controls::{ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exception;
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::{EventType, InterruptionInfo};
-use x86_spec::reg::{efer, rflags};
+use x86_spec::reg::{efer, gpr, rflags};
 
+use super::l1::L1View;
 use super::msrs::MsrView;
 use crate::cpuid::PHYSICAL_BITS;
 use crate::exits::{self, Outcome};
@@ -375,7 +378,50 @@ impl<E: Engine> VcpuLoop<E> {
                 self.inject_exception(info.vector(), code);
                 Outcome::Resume
             }
+            ExitReason::Vmfunc => self.vm_function(exit),
+            ExitReason::Vmread | ExitReason::Vmwrite => self.shadowed_vmcs_access(exit),
             reason => (exits::route::<E>(reason).handler)(self, exit),
+        }
+    }
+
+    /// VMFUNC of L2 that L1 allows: EPTP switching (SDM Vol. 3C §26.5.6.3).
+    fn vm_function(&mut self, exit: &VmExit) -> Outcome {
+        let vm = self.vm().clone();
+        let (eax, ecx) = (self.regs.gpr[gpr::RAX] as u32, self.regs.gpr[gpr::RCX] as u32);
+        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let Some(vmcs12) = n.state.current_mut() else { return Outcome::Resume };
+        match vmfunc(vmcs12, &n.caps, vm.ram(), eax, ecx) {
+            VmFunction::SwitchEptp(_) => {}
+            VmFunction::Exit => return self.reflect_exit(exit),
+            VmFunction::Undefined => {
+                self.inject_exception(exception::UD, None);
+                return Outcome::Resume;
+            }
+        }
+        let root = n.ept02.root(root_key(vmcs12));
+        self.vmcs.controls.eptp = root.eptp02;
+        self.apply_flush(root.flush);
+        self.skip_instruction(exit);
+        Outcome::Resume
+    }
+
+    /// VMREAD or VMWRITE of L2 that L1 lets pass to L2's shadow VMCS (SDM Vol. 3C §25.10).
+    fn shadowed_vmcs_access(&mut self, exit: &VmExit) -> Outcome {
+        let vm = self.vm().clone();
+        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
+        let mut l2 =
+            L1View { vcpu: &mut self.vcpu, vmcs01: &mut self.vmcs, regs: &mut self.regs, ram: vm.ram() };
+        match shadowed::execute(vmcs12, &n.caps, &mut l2, exit) {
+            Some(Vmx::Complete(result)) => {
+                self.vmcs.guest.rflags = result.rflags(self.vmcs.guest.rflags);
+                self.skip_instruction(exit);
+                Outcome::Resume
+            }
+            Some(Vmx::Fault(fault)) => self.nested_fault(fault),
+            // The operand is in memory that EPT02 does not map yet: the access is L2's, as any other.
+            Some(Vmx::Exit(access)) => self.dispatch_l2(&access),
+            _ => Outcome::Resume,
         }
     }
 
@@ -411,28 +457,16 @@ impl<E: Engine> VcpuLoop<E> {
         if logs && let Some(v) = n.state.current_mut() {
             v.set(Field::PmlIndex, index.into());
         }
+        if let Err(fault) = &filled
+            && let Some(reflected) = route::exit_of_fault(exit, fault)
+        {
+            return self.reflect_exit(&reflected);
+        }
         match filled {
             Ok(filled) => {
                 self.apply_flush(filled.flush);
                 self.keep_interrupted_event(exit);
                 Outcome::Resume
-            }
-            Err(EptFault::L1Violation { qualification }) => {
-                self.reflect_exit(&VmExit { qualification, reason: ExitReason::EptViolation, ..*exit })
-            }
-            Err(EptFault::L1Misconfiguration { .. }) => self.reflect_exit(&VmExit {
-                qualification: 0,
-                reason: ExitReason::EptMisconfiguration,
-                ..*exit
-            }),
-            Err(EptFault::L1LogFull) => {
-                let unblocking = exit.qualification & x86_spec::exit::ept_violation::NMI_UNBLOCKING;
-                self.reflect_exit(&VmExit {
-                    qualification: unblocking,
-                    reason: ExitReason::PmlFull,
-                    guest_physical: Gpa(0),
-                    ..*exit
-                })
             }
             Err(EptFault::L0 { fault: L0Fault::NoMemory, .. }) => {
                 self.keep_interrupted_event(exit);
@@ -450,7 +484,8 @@ impl<E: Engine> VcpuLoop<E> {
             Err(EptFault::L0 { gpa, fault }) => {
                 Outcome::End(crate::RunEnd::Internal(format!("EPT01 at {gpa} for L2: {fault}")))
             }
-            Err(EptFault::Retry) => {
+            // The tables changed during the walk (or the fault went to L1, above): L2 tries again.
+            Err(_) => {
                 self.keep_interrupted_event(exit);
                 Outcome::Resume
             }
