@@ -15,7 +15,7 @@ use x86_spec::interruption::EventType;
 use x86_spec::reg::{cr0, efer, gpr};
 use x86_spec::segment::seg;
 
-use crate::capabilities::{Capabilities, VMFUNC_EPTP_SWITCHING};
+use crate::capabilities::VMFUNC_EPTP_SWITCHING;
 use crate::fields::{CR3_TARGETS, Field};
 use crate::merge::PageFaultFilter;
 use crate::merge::bitmaps::{io_exits, msr_exits, primary12, secondary12};
@@ -282,14 +282,6 @@ pub fn exit_of_fault(exit: &VmExit, fault: &Fault) -> Option<VmExit> {
         }
         Fault::L0 { .. } | Fault::Retry => None,
     }
-}
-
-/// EPTP switching for a VMFUNC that routing leaves to L0. False when it must exit to L1 after
-/// all: the list has no such entry, or one that VM entry would refuse (§26.5.6.3). Otherwise
-/// VMCS12 has the new EPTP, and VMCS02 needs the root for it.
-pub fn switch_eptp(vmcs12: &mut Vmcs12, caps: &Capabilities, l1: &dyn L1Physical, ecx: u32) -> bool {
-    use crate::instructions::vmfunc::{VmFunction, vmfunc};
-    matches!(vmfunc(vmcs12, caps, l1, 0, ecx), VmFunction::SwitchEptp(_))
 }
 
 fn always(_: &VmExit, _: &Context<'_>) -> Route {
