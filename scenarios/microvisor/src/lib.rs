@@ -18,6 +18,14 @@
 /// Path of the multiboot image.
 pub const IMAGE: &str = env!("MICROVISOR_IMAGE");
 
+macro_rules! check_table {
+    ($($name:ident $section:literal $body:tt;)*) => {
+        /// Names of the VM-entry checks that have a case, `check.NAME`.
+        pub const CHECKS: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+include!("check_table.rs");
+
 // Compiled into the image by `build.rs`; here only to be seen by lints and documentation.
 #[cfg(any(clippy, doc))]
 #[allow(dead_code)]

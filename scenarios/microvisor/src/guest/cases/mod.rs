@@ -1,6 +1,7 @@
 //! The cases, by group.
 
 mod boot;
+mod checks;
 
 use super::suite::Case;
 
@@ -17,7 +18,7 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    for group in [boot::CASES] {
+    for group in [boot::CASES, checks::CASES] {
         group.iter().for_each(&mut *f);
     }
 }
