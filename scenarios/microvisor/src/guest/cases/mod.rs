@@ -2,6 +2,7 @@
 
 mod boot;
 mod checks;
+mod instructions;
 
 use super::suite::Case;
 
@@ -18,7 +19,7 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    for group in [boot::CASES, checks::CASES] {
+    for group in [boot::CASES, instructions::CASES, checks::CASES] {
         group.iter().for_each(&mut *f);
     }
 }
