@@ -5,6 +5,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tests::artifacts::{CRYPTO_MODULES, Kernel};
 use tests::guest::{self, BOOT, COMMAND, Guest};
+use tests::payload::Payload;
+use tests::process::Launch;
 
 /// Messages at level "warning" or worse that are no fault, each with the reason.
 const ALLOWED: [(&str, &str); 1] = [(
@@ -265,4 +267,34 @@ fn the_decompressor_and_pvh_entries_boot_too() {
         finished.expect_status(0);
         assert!(finished.output.contains("entered\r\n"), "{entry}: {}", finished.output);
     }
+}
+
+#[test]
+fn a_small_guest() {
+    // Less is not enough for this kernel and its initrd: it stops with "out of memory" at 64 MiB.
+    let mut guest = Guest::boot(&guest::launch(Kernel::Cloud, &["--memory", "96M"]));
+    let total = mem_total(&mut guest);
+    assert!((56 << 10..=96 << 10).contains(&total), "{total} KiB");
+    check_own_memory(&mut guest);
+    guest.power_off();
+}
+
+/// The same program at every level: the software engine executes itself.
+#[test]
+fn nestvmm_runs_in_its_own_guest() {
+    let dir = tempfile::tempdir().expect("the host has a temporary folder");
+    let payload = Payload::new().print("from the inner guest\n").cpuid_loop(100).exit(5).write(&dir);
+    let image = dir.path().join("with-payload.img");
+    let file = format!("{}=/payload", payload.display());
+    Launch::new(["image", "build", "--file", &file]).path(&image).run(BOOT).expect_status(0);
+
+    let mut guest = Guest::boot(&Launch::new(["run"]).path(&image));
+    let command = "nestvmm run --memory 64M --debug-exit --exit-stats /payload </dev/null 2>/tmp/stats";
+    let inner = guest.shell(command);
+    assert_eq!(inner.output, "from the inner guest\n");
+    assert_eq!(inner.status, 5 << 1 | 1, "{}", guest.shell("cat /tmp/stats").output);
+    let stats = guest.succeed("cat /tmp/stats");
+    let cpuid = stats.lines().find(|l| l.starts_with("CPUID"));
+    assert_eq!(cpuid.and_then(|l| l.split_whitespace().nth(1)), Some("100"), "{stats}");
+    guest.power_off();
 }
