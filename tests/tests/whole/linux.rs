@@ -211,7 +211,7 @@ fn a_guest_of_6_gib() {
     guest.succeed("dd if=/dev/urandom of=/tmp/a bs=1M count=96 2>/dev/null && cp /tmp/a /tmp/b");
     guest.succeed("cmp /tmp/a /tmp/b");
     let grown = guest.process().memory_kib("RssShmem");
-    assert!(grown >= 2 * 96 << 10, "{grown} KiB of the guest's RAM are touched");
+    assert!(grown >= (2 * 96) << 10, "{grown} KiB of the guest's RAM are touched");
     check_own_memory(&mut guest);
     guest.power_off();
 }
