@@ -4,8 +4,11 @@
 //! does for L1 (devices, HLT, MSRs that L1 leaves to L2) works for L2 as it is.
 
 use engine::{Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
-use ept_compress::{Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, NoLog, Pml, RootKey, walk};
-use memory::{Gpa, L1Gpa, L1Ram, L2Gpa};
+use ept_compress::{
+    Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, L1Map, Leaf, Level, MemoryType, NoLog, Pml,
+    Rights, RootKey, walk,
+};
+use memory::{Gpa, L1Gpa, L1Ram, L2Gpa, MachineAddr};
 use vmx_emu::checks::{self, Answer, MsrBits};
 use vmx_emu::enter::{self, FailedEntry};
 use vmx_emu::instructions::shadowed;
@@ -39,6 +42,30 @@ struct Physical<'a>(&'a L1Ram);
 impl checks::ReadPhysical for Physical<'_> {
     fn read(&self, at: L1Gpa, buf: &mut [u8]) {
         L1Physical::read(self.0, at, buf);
+    }
+}
+
+/// EPT01, and the page that stands for an APIC-access page of L1 which is not RAM.
+struct L1Memory<'a> {
+    view: Ept01View<'a>,
+    elsewhere: Option<L1Gpa>,
+    nowhere: MachineAddr,
+}
+
+impl L1Map for L1Memory<'_> {
+    fn lookup(&self, gpa: L1Gpa) -> Result<Leaf<MachineAddr>, L0Fault> {
+        if self.elsewhere != Some(gpa.page_base()) {
+            return self.view.lookup(gpa);
+        }
+        Ok(Leaf {
+            page: self.nowhere,
+            level: Level::Pte,
+            rights: Rights::ALL,
+            memory_type: MemoryType::WriteBack,
+            ignore_pat: false,
+            dirty: true,
+            path: [None; 4],
+        })
     }
 }
 
@@ -217,7 +244,8 @@ impl<E: Engine> VcpuLoop<E> {
             Ok(m) => m,
             Err(e) => return Outcome::End(crate::RunEnd::Internal(format!("merge for L2: {e}"))),
         };
-        n.origins = Some(merged.origins.clone());
+        n.origins = Some(merged.origins);
+        n.apic_access_elsewhere = merged.apic_access_elsewhere;
         n.mtf_injected = enter::injects_mtf(vmcs12);
         n.timer12 = timer12.map(|v| Timer12::start(v, n.rate, now));
         let mut msrs = MsrView::new(&mut self.msrs, vm.board(), self.index);
@@ -444,7 +472,8 @@ impl<E: Engine> VcpuLoop<E> {
             Access::READ
         };
         let gpa = L2Gpa(exit.guest_physical.0);
-        let l1 = Ept01View { memory: vm.memory(), eptp: vm.ept01().eptp(), format: format01 };
+        let view = Ept01View { memory: vm.memory(), eptp: vm.ept01().eptp(), format: format01 };
+        let l1 = L1Memory { view, elsewhere: n.apic_access_elsewhere, nowhere: n.pages.nowhere };
         let logs = secondary12(vmcs12).contains(SecondaryControls::ENABLE_PML);
         let address = L1Gpa(vmcs12.get(Field::PmlAddress));
         let mut index = vmcs12.get(Field::PmlIndex) as u16;

@@ -11,7 +11,7 @@ mod shadow;
 
 use engine::{Engine, EngineVmcs};
 use ept_compress::{Ept02, Ept02Error, Format};
-use memory::MemoryError;
+use memory::{L1Gpa, MemoryError};
 use vmx_emu::merge::Pages;
 use vmx_emu::merge::provenance::ControlOrigins;
 use vmx_emu::merge::tsc::Timer12;
@@ -57,6 +57,8 @@ pub(crate) struct Nested {
     timer12: Option<Timer12>,
     /// Its rate (IA32_VMX_MISC bits 4:0).
     rate: u8,
+    /// The APIC-access page of VMCS12, if it is not RAM.
+    apic_access_elsewhere: Option<L1Gpa>,
     /// The entry injected a pending MTF exit.
     mtf_injected: bool,
     /// The page that L1 reads and writes its current VMCS in without exits, where it does.
@@ -95,6 +97,7 @@ impl Nested {
                 nowhere: pool.alloc()?,
             },
             timer12: None,
+            apic_access_elsewhere: None,
             mtf_injected: false,
             origins: None,
         })
