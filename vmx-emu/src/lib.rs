@@ -5,6 +5,7 @@
 
 pub mod capabilities;
 pub mod checks;
+pub mod enter;
 pub mod explain;
 pub mod fields;
 pub mod instructions;
@@ -12,11 +13,10 @@ pub mod l1;
 pub mod merge;
 pub mod operand;
 pub mod physical;
-pub mod route;
-pub mod view;
 pub mod reflect;
-pub mod enter;
+pub mod route;
 pub mod state;
+pub mod view;
 pub mod vmcs12;
 pub mod vmcs_page;
 

@@ -471,8 +471,8 @@ fn load_msrs(parts: &mut Parts<'_>) -> Result<(), Abort> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::merge::tests::machine;
     use crate::merge::Merged;
+    use crate::merge::tests::machine;
     use crate::physical::MsrFault;
     use memory::{Gpa, L1Gpa, L1Ram};
     use proptest::prelude::*;
