@@ -308,7 +308,7 @@ impl Vm {
         self.segments([8, 0x10], CODE64, DATA)
     }
     /// Sets CS and the data segments: selectors of code and data, access rights, flat.
-    pub fn segments(&mut self, [code, data]: [u16; 2], code_ar: u64, data_ar: u64) -> Outcome {
+    pub fn segments(&self, [code, data]: [u16; 2], code_ar: u64, data_ar: u64) -> Outcome {
         for i in 0..6 {
             let (selector, ar) = if i == 1 { (code, code_ar) } else { (data, data_ar) };
             // Byte granularity: 64 KiB.

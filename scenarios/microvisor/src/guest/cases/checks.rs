@@ -58,11 +58,13 @@ pub enum Op {
     Revision(u32, u32),
     /// Lets L2 run for no time, where the preemption timer is offered.
     Timer,
+    /// Skips the case if CPUID does not show a feature: leaf, register, bit.
+    Feature(u32, usize, u32),
     /// Anything else.
     Setup(fn(&mut Vm) -> Outcome),
 }
 
-fn apply(vm: &mut Vm, ops: &[Op]) -> Outcome {
+pub(super) fn apply(vm: &mut Vm, ops: &[Op]) -> Outcome {
     for op in ops {
         match *op {
             Set(field, value) => vm.set(field, value)?,
@@ -82,6 +84,11 @@ fn apply(vm: &mut Vm, ops: &[Op]) -> Outcome {
             Poke32(field, offset, word) => memory::write(vm.get(field)? + offset, word),
             Revision(field, bits) => memory::write(vm.get(field)?, vm.caps.revision() | bits),
             Timer => timer(vm)?,
+            Feature(leaf, register, bit) => {
+                if cpu::cpuid(leaf, 0)[register] >> bit & 1 == 0 {
+                    return skip("CPUID does not show the feature");
+                }
+            }
             Setup(f) => f(vm)?,
         }
     }

@@ -2,6 +2,7 @@
 
 mod boot;
 mod checks;
+mod exits;
 mod instructions;
 
 use super::suite::Case;
@@ -19,7 +20,8 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    for group in [boot::CASES, instructions::CASES, checks::CASES] {
+    let groups = [boot::CASES, instructions::CASES, checks::CASES];
+    for group in groups.into_iter().chain(exits::GROUPS) {
         group.iter().for_each(&mut *f);
     }
 }
