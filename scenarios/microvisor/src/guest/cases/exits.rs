@@ -139,7 +139,6 @@ rows! {
     "vmlaunch" "26.1.2" NONE, plain, ["vmlaunch"], VMLAUNCH, 3, Some(0), Any, false;
     "vmptrld" "26.1.2" NONE, at_data, ["vmptrld [rbx - 8]"], VMPTRLD, 4, Some(0xffff_ffff_ffff_fff8), Bits(MEMORY, AT_RBX), false;
     "vmptrst" "26.1.2" NONE, at_data, ["vmptrst [rbx]"], VMPTRST, 3, Some(0), Bits(MEMORY, AT_RBX), false;
-    "vmptrst.rip_relative" "28.2.5" NONE, at_data, [".byte 0x0f, 0xc7, 0x3d, 0, 0, 0, 0"], VMPTRST, 7, Some(0), Bits(0x0843_8780, 2 << 7 | 3 << 15 | 1 << 22 | 1 << 27), false;
     "vmread" "26.1.2" NONE, plain, ["vmread rax, rcx"], VMREAD, 3, Some(0), Bits(0xf000_0478, 1 << 10 | 1 << 28), false;
     "vmread.memory" "26.1.2" NONE, at_data, ["vmread [rbx], rcx"], VMREAD, 3, Some(0), Bits(MEMORY | 0xf << 28, AT_RBX | 1 << 28), false;
     "vmwrite" "26.1.2" NONE, plain, ["vmwrite r12, rax"], VMWRITE, 4, Some(0), Bits(0xf000_0478, 1 << 10 | 12 << 28), false;
@@ -185,6 +184,8 @@ super::cases! { true;
     "exit.user.cpuid" "Vol. 3C 26.1.1" user_cpuid;
     "exit.user.vmx_instructions" "Vol. 3C 26.1.1" user_vmx;
     "exit.user.faults_first" "Vol. 3C 26.1.1" user_faults;
+    "exit.vmptrst.rip_relative" "Vol. 3C 28.2.1" rip_relative;
+    "exit.user.mov_dr" "Vol. 3C 26.1.3" user_mov_dr;
     "exit.cr3.targets" "Vol. 3C 26.1.3" cr3_targets;
     "exit.cr0.shadow" "Vol. 3C 26.3" cr0_shadow;
     "exit.cr4.shadow" "Vol. 3C 26.3" cr4_shadow;
@@ -263,7 +264,6 @@ fn user_faults(ctx: &mut Ctx) -> Outcome {
         ("HLT", code!["hlt"]),
         ("INVLPG", code!["invlpg [rsp]"]),
         ("MOV to CR3", code!["mov cr3, rax"]),
-        ("MOV from DR7", code!["mov rax, dr7"]),
         ("RDMSR", code!["rdmsr"]),
         ("IN", code!["in al, 0x80"]),
         ("INVD", code!["invd"]),
@@ -279,6 +279,32 @@ fn user_faults(ctx: &mut Ctx) -> Outcome {
         check!(format_args!("{what}: RIP - code"), event.rip.wrapping_sub(code), 0);
         check!(format_args!("{what}: error code"), event.code, 0);
     }
+    Ok(())
+}
+
+/// The qualification is the address, not the displacement.
+fn rip_relative(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code![".byte 0x0f, 0xc7, 0x3d, 0x10, 0, 0, 0"])?;
+    let e = vm.expect(reason::VMPTRST)?;
+    check!("instruction length", e.len, 7);
+    check!("qualification", e.qualification, vm.code + 7 + 0x10);
+    check!("no index, no base", e.instruction & 0x0840_0780, 2 << 7 | 1 << 22 | 1 << 27);
+    Ok(())
+}
+
+/// MOV DR exits before its privilege is checked, and before CR4.DE makes DR4 #UD.
+fn user_mov_dr(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["mov rax, dr7"])?;
+    vm.need_primary(primary::MOV_DR)?;
+    user(&vm)?;
+    let e = vm.expect(reason::DR)?;
+    check!("qualification", e.qualification, 0x17);
+    memory::reset();
+    let mut vm = Vm::new(&ctx.caps, code![".byte 0x0f, 0x23, 0xe0"])?;
+    vm.need_primary(primary::MOV_DR)?;
+    vm.set(GUEST_CR4, vm.get(GUEST_CR4)? | 8)?;
+    let e = vm.expect(reason::DR)?;
+    check!("qualification", e.qualification, 4);
     Ok(())
 }
 
