@@ -298,3 +298,19 @@ fn nestvmm_runs_in_its_own_guest() {
     assert_eq!(cpuid.and_then(|l| l.split_whitespace().nth(1)), Some("100"), "{stats}");
     guest.power_off();
 }
+
+#[test]
+fn kvm_loads_where_there_is_vmx() {
+    let mut guest = Guest::boot(&guest::launch(Kernel::Cloud, &[]));
+    assert_eq!(guest.shell("test -c /dev/kvm").status, 0, "{}", guest.shell("dmesg | tail").output);
+    guest.succeed("grep -qw vmx /proc/cpuinfo && grep -q ^kvm_intel /proc/modules");
+    // The processor is as it was after the module is gone and comes again.
+    guest.succeed("rmmod kvm_intel && modprobe kvm_intel && test -c /dev/kvm");
+    check_log(&guest.succeed("dmesg -r"));
+    guest.power_off();
+
+    let mut guest = Guest::boot(&guest::launch(Kernel::Cloud, &["--vmx", "off"]));
+    assert_eq!(guest.shell("test -c /dev/kvm").status, 1);
+    assert_eq!(guest.shell("grep -qw vmx /proc/cpuinfo").status, 1);
+    guest.power_off();
+}
