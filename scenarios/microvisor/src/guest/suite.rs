@@ -29,7 +29,8 @@ impl Text {
         let _ = t.write_fmt(text);
         t
     }
-    fn as_str(&self) -> &str {
+    /// The text.
+    pub fn as_str(&self) -> &str {
         core::str::from_utf8(&self.bytes[..self.len]).unwrap_or("?")
     }
 }

@@ -208,7 +208,17 @@ impl Vm {
         vm.host()?;
         vm.guest()?;
         trap::clear_l2_event();
+        vm.invalidate();
         Ok(vm)
+    }
+    /// Drops all translations: pages are used again by the next machine, with the same EPTP.
+    pub fn invalidate(&self) {
+        if self.caps.ept_vpid >> 20 & 1 != 0 {
+            let _ = vmx::invept(2, 0);
+        }
+        if self.caps.ept_vpid >> 32 & 1 != 0 {
+            let _ = vmx::invvpid(2, 0, 0);
+        }
     }
     fn load(&mut self) -> Outcome {
         ok("VMCLEAR of a new VMCS", vmx::vmclear(self.vmcs))?;
