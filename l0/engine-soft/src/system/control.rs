@@ -16,7 +16,9 @@ use crate::op::{SimpleFn, SimpleKind};
 use crate::operand::segment_index;
 
 /// CR4 bits that the engine implements; setting another is #GP(0).
-pub const SUPPORTED_CR4: u64 = cr4::TSD
+pub const SUPPORTED_CR4: u64 = cr4::VME
+    | cr4::PVI
+    | cr4::TSD
     | cr4::DE
     | cr4::PSE
     | cr4::PAE

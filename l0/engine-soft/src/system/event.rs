@@ -1,15 +1,14 @@
 //! Delivery of exceptions and interrupts (SDM Vol. 3A chapter 6, Vol. 3B §21.1.4 and §21.3,
 //! Vol. 3C §26.2, §28.2).
 //!
-//! Not supported: virtual-8086 mode extensions (software-interrupt redirection), FRED,
-//! shadow stacks, virtualization exceptions (#VE).
+//! Not supported: FRED, shadow stacks, virtualization exceptions (#VE).
 
 use engine::{Activity, Segment, VmExit, interruptibility};
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
 use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::interruption::{EventType, InterruptionInfo};
-use x86_spec::reg::{dr, gpr, rflags};
+use x86_spec::reg::{cr4, dr, gpr, rflags};
 use x86_spec::segment::seg;
 
 use super::canonical;
@@ -251,9 +250,62 @@ fn transfer(cpu: &mut Cpu, e: &Event, length: u32) -> Exec {
         real_mode(cpu, e, length)
     } else if cpu.long_mode() {
         long_mode(cpu, e, length)
+    } else if cpu.v8086() && e.kind == EventType::SoftwareInterrupt {
+        virtual_8086_software_interrupt(cpu, e, length)
     } else {
         protected_mode(cpu, e, length)
     }
+}
+
+/// INT n in virtual-8086 mode: which handler it reaches (SDM Vol. 3B table 21-2). INT3, INTO
+/// and INT1 neither depend on IOPL nor are they redirected.
+fn virtual_8086_software_interrupt(cpu: &mut Cpu, e: &Event, length: u32) -> Exec {
+    if cpu.cr4 & cr4::VME != 0 && is_redirected(cpu, e.vector)? {
+        redirect(cpu, e, length)
+    } else if cpu.iopl() < 3 {
+        Err(cpu.gp(0))
+    } else {
+        protected_mode(cpu, e, length)
+    }
+}
+
+/// Whether the TSS's software-interrupt redirection bitmap, the 32 bytes below the I/O
+/// permission bitmap, leaves `vector` to the 8086 program (SDM Vol. 3B §21.3, figure 21-5).
+///
+/// # Errors
+/// #GP(0) if the TSS doesn't hold the vector's bit.
+fn is_redirected(cpu: &mut Cpu, vector: u8) -> Exec<bool> {
+    let tr = cpu.segments[seg::TR];
+    let wide = !tr.access.unusable() && tr.access.ty() & 8 != 0;
+    if !wide || tr.limit < 0x67 {
+        return Err(cpu.gp(0));
+    }
+    let lin = cpu.table_linear(tr.base, 0x66)?;
+    let map = cpu.sys_read::<u16>(lin)? as u32;
+    let Some(at) = (map + vector as u32 / 8).checked_sub(32).filter(|at| *at <= tr.limit) else {
+        return Err(cpu.gp(0));
+    };
+    let lin = cpu.table_linear(tr.base, at as u64)?;
+    Ok(cpu.sys_read::<u8>(lin)? >> (vector % 8) & 1 == 0)
+}
+
+/// To the 8086 program's own handler, through the vector table at linear address 0: methods 5
+/// (IOPL 3) and 6 (IOPL below 3, with VIF in IF's place) of SDM Vol. 3B table 21-2.
+fn redirect(cpu: &mut Cpu, e: &Event, length: u32) -> Exec {
+    let target = cpu.sys_read::<u32>(e.vector as u64 * 4)?;
+    let virtual_if = cpu.iopl() < 3;
+    let image = if virtual_if { cpu.virtual_flags() } else { cpu.rflags() & 0xffff };
+    let mut stack = Stack::current(cpu);
+    stack.push(cpu, 2, image)?;
+    stack.push(cpu, 2, cpu.segments[seg::CS].selector as u64)?;
+    stack.push(cpu, 2, saved_rip(cpu, e, length) & 0xffff)?;
+    stack.commit(cpu);
+    let cs = cpu.real_segment(seg::CS, (target >> 16) as u16);
+    cpu.set_segment(seg::CS, cs);
+    cpu.set_rip(target as u64 & 0xffff);
+    let interrupt_flag = if virtual_if { rflags::VIF } else { rflags::IF };
+    cpu.set_rflags(cpu.rflags() & !(interrupt_flag | rflags::TF | rflags::RF));
+    Ok(())
 }
 
 /// Through the interrupt vector table (SDM Vol. 3B §21.1.4).
@@ -430,10 +482,6 @@ pub(super) fn tss_stack32(cpu: &mut Cpu, cpl: u8, ext: u32) -> Exec<(Segment, u6
 fn protected_mode(cpu: &mut Cpu, e: &Event, length: u32) -> Exec {
     let ext = ext(e);
     let code = e.vector as u32 * 8 + 2;
-    // INT n in virtual-8086 mode is sensitive to IOPL; INT3, INTO and INT1 are not.
-    if cpu.v8086() && e.kind == EventType::SoftwareInterrupt && cpu.iopl() < 3 {
-        return Err(cpu.gp(0));
-    }
     let at = e.vector as u64 * 8;
     if at + 7 > cpu.idtr.limit as u64 {
         return Err(cpu.gp(code + ext));

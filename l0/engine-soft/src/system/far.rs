@@ -501,15 +501,20 @@ fn iret_flags(cpu: &Cpu, size: u8, image: u64) -> u64 {
     flags
 }
 
-/// IRET in real mode, and in virtual-8086 mode with IOPL 3.
+/// IRET in real mode and within virtual-8086 mode.
 fn iret_real(cpu: &mut Cpu, size: u8) -> Exec {
-    if cpu.v8086() && cpu.iopl() < 3 {
-        return Err(cpu.gp(0));
-    }
+    let virtual_if = super::flags::virtual_interrupt_flag(cpu, size)?;
     let mut stack = Stack::current(cpu);
     let rip = stack.pop(cpu, size)?;
     let selector = stack.pop(cpu, size)? as u16;
     let image = stack.pop(cpu, size)?;
+    if virtual_if {
+        let flags = cpu.popped_virtual_flags(image)?;
+        real_branch(cpu, selector, rip)?;
+        stack.commit(cpu);
+        cpu.set_rflags(flags);
+        return Ok(());
+    }
     let mut change = rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::NT;
     if !cpu.v8086() {
         change |= rflags::IOPL;

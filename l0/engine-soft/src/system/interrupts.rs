@@ -1,6 +1,4 @@
 //! Instructions that raise events: INT n, INT3, INTO, INT1, BOUND, UD0–UD2.
-//!
-//! Not supported: redirection of INT n in virtual-8086 mode (CR4.VME).
 
 use iced_x86::{Code, Instruction};
 use x86_spec::exception;

@@ -3,10 +3,10 @@
 //!
 //! "SDM" is the Intel 64 and IA-32 Architectures Software Developer's Manual.
 //!
-//! Not supported, and so never to be shown in CPUID: virtual-8086 and protected-mode
-//! virtual interrupts (CR4.VME, CR4.PVI), 5-level paging, protection keys, control-flow
-//! enforcement, SMX, SGX, TSX, UINTR, FRED, user-level MONITOR, SERIALIZE. Hardware task
-//! switches always exit, as the SDM demands (Vol. 3C §26.4.2), so none is performed here.
+//! Not supported, and so never to be shown in CPUID: 5-level paging, protection keys,
+//! control-flow enforcement, SMX, SGX, TSX, UINTR, FRED, user-level MONITOR, SERIALIZE.
+//! Hardware task switches always exit, as the SDM demands (Vol. 3C §26.4.2), so none is
+//! performed here.
 
 pub mod capabilities;
 mod control;

@@ -1,6 +1,6 @@
 //! Table tests of system instructions and events; expectations are the SDM's.
 
-use engine::{Activity, ExitBus, Vcpu, interruptibility};
+use engine::{Activity, ExitBus, Segment, Vcpu, interruptibility};
 use memory::Gpa;
 use x86_spec::controls::{EntryControls, PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exception::{self as ex, pf};
@@ -1207,6 +1207,249 @@ fn virtual_8086_round_trip() {
         g.write(CODE + 0x10, &[0xcd, 0x21]);
     });
     g.expect_event(ex::GP, Some(0));
+}
+
+/// Offset of the software-interrupt redirection bitmap in the TSS of [`virtual_8086`].
+const REDIRECTION: u64 = 0x68;
+
+/// Virtual-8086 mode at [`CODE`] with SS = 0, SP = 8000H, RFLAGS = `flags` and CR4.VME. The
+/// redirection bitmap is all ones, the I/O permission bitmap follows it, and the 8086 program's
+/// handlers (all vectors of the table at address 0) are at 3000:vector * 16.
+fn virtual_8086(bytes: &[u8], flags: u64) -> Guest {
+    Guest::protected(bytes).patch(|g| {
+        for index in 0..6 {
+            g.vmcs.guest.segments[index] =
+                Segment { base: 0, limit: 0xffff, access: AccessRights(0xf3), selector: 0 };
+        }
+        let cs = &mut g.vmcs.guest.segments[seg::CS];
+        (cs.base, cs.selector) = (CODE, (CODE >> 4) as u16);
+        g.vmcs.guest.rip = 0;
+        g.vmcs.guest.rsp = 0x8000;
+        g.vmcs.guest.rflags = flags | rflags::FIXED1 | rflags::VM;
+        g.vmcs.guest.cr4 |= cr4::VME;
+        g.vmcs.guest.segments[seg::TR].limit = 0x8f;
+        g.write(TSS + 0x66, &(REDIRECTION as u16 + 32).to_le_bytes());
+        g.write(TSS + REDIRECTION, &[0xff; 32]);
+        for v in 0..=255u32 {
+            g.write(v as u64 * 4, &(0x3000_0000 + v * 16).to_le_bytes());
+        }
+    })
+}
+
+/// CLI and STI below IOPL (SDM Vol. 2A table 3-7 and Vol. 2B, STI): with CR4.VME in virtual-8086
+/// mode and CR4.PVI at CPL 3 of protected mode they change VIF, and STI is #GP(0) with VIP.
+#[test]
+fn cli_and_sti_on_the_virtual_interrupt_flag() {
+    use rflags::{IF, IOPL, VIF, VIP};
+    const CLI: u8 = 0xfa;
+    const STI: u8 = 0xfb;
+    // (CR4, instruction, flags before, flags after or None for #GP(0))
+    let rows = |extension: u64| {
+        [
+            (extension, STI, IF, Some(IF | VIF)),
+            (extension, STI, 0, Some(VIF)),
+            (extension, STI, VIP, None),
+            (extension, STI, 1 << 12 | VIF | VIP, None),
+            (extension, CLI, IF | VIF, Some(IF)),
+            (extension, CLI, IF | VIF | VIP, Some(IF | VIP)),
+            (extension, STI, IOPL | VIP, Some(IOPL | VIP | IF)),
+            (extension, CLI, IOPL | IF | VIF, Some(IOPL | VIF)),
+            (extension ^ (cr4::VME | cr4::PVI), STI, 0, None),
+            (extension ^ (cr4::VME | cr4::PVI), CLI, VIF, None),
+        ]
+    };
+    let run = |mut g: Guest, cr4: u64, after: Option<u64>, what: String| {
+        g.vmcs.guest.cr4 = g.vmcs.guest.cr4 & !(cr4::VME | cr4::PVI) | cr4;
+        let before = g.vmcs.guest.rflags;
+        let (exit, s) = (g.enter(), &g.vmcs.guest);
+        match after {
+            Some(flags) => {
+                let mode = before & (rflags::FIXED1 | rflags::VM);
+                assert_eq!((exit.reason, s.rflags), (R::Cpuid, flags | mode), "{what}");
+                let shadow = s.interruptibility & interruptibility::STI != 0;
+                assert_eq!(shadow, !before & flags & IF != 0, "only IF has a shadow: {what}");
+            }
+            None => assert_eq!((exit.reason, s.rip), (R::Vmcall, handler(ex::GP)), "{what}"),
+        }
+    };
+    for (cr4, opcode, before, after) in rows(cr4::VME) {
+        let g = virtual_8086(&[opcode, 0x0f, 0xa2], before);
+        run(g, cr4, after, format!("v8086 {opcode:x} {before:x}"));
+    }
+    for (cr4, opcode, before, after) in rows(cr4::PVI) {
+        let g = Guest::user(&[opcode, 0x0f, 0xa2]).patch(|g| g.vmcs.guest.rflags |= before);
+        run(g, cr4, after, format!("CPL 3 {opcode:x} {before:x}"));
+    }
+    // PVI is for CPL 3 only (SDM Vol. 3B §21.4): at CPL 1 it's #GP(0).
+    let mut g = Guest::protected(&[STI]).patch(|g| {
+        let s = &mut g.vmcs.guest;
+        s.cr4 |= cr4::PVI;
+        for (index, access) in [(seg::CS, 0xc0bb), (seg::SS, 0xc0b3)] {
+            s.segments[index].access = AccessRights(access);
+            s.segments[index].selector |= 1;
+        }
+    });
+    g.expect_event(ex::GP, Some(0));
+}
+
+/// PUSHF, POPF and IRET in virtual-8086 mode with IOPL below 3 (SDM Vol. 2B, PUSHF and table
+/// 4-16): 16-bit forms have VIF in place of IF with CR4.VME, everything else is #GP(0).
+#[test]
+fn virtual_8086_flag_images() {
+    use rflags::{CF, DF, IF, IOPL, NT, TF, VIF, VIP, VM};
+    for (flags, image) in [(IF, IOPL), (VIF, IOPL | IF), (IF | VIF | VIP | CF, IOPL | IF | CF)] {
+        let mut g = virtual_8086(&[0x9c, 0x0f, 0xa2], flags);
+        g.expect(R::Cpuid);
+        assert_eq!(g.read16(0x7ffe) as u64, image | rflags::FIXED1, "pushf {flags:x}");
+    }
+    // (flags before, popped image, flags after or None for #GP(0)); bit 1 and VM aside
+    let rows = [
+        (0, IF | CF, Some(VIF | CF)),
+        (IF | VIF, CF, Some(IF | CF)),
+        (IF | 1 << 12, IOPL | NT | DF, Some(IF | 1 << 12 | NT | DF)),
+        (VIP, CF, Some(VIP | CF)),
+        (VIP | VIF, CF, Some(VIP | CF)),
+        (VIP, IF, None),
+        (0, TF, None),
+    ];
+    for (before, image, after) in rows {
+        // popf; and iret to the instruction behind it
+        for (bytes, stack) in
+            [(&[0x9d, 0x0f, 0xa2], vec![]), (&[0xcf, 0x0f, 0xa2], vec![1, (CODE >> 4) as u16])]
+        {
+            let mut g = virtual_8086(bytes, before);
+            for (n, word) in stack.iter().chain([&(image as u16)]).enumerate() {
+                g.write(0x8000 + n as u64 * 2, &word.to_le_bytes());
+            }
+            let (exit, s) = (g.enter(), &g.vmcs.guest);
+            match after {
+                Some(flags) => {
+                    let expected = (R::Cpuid, flags | rflags::FIXED1 | VM, 0x8002 + stack.len() as u64 * 2);
+                    assert_eq!((exit.reason, s.rflags, s.rsp), expected, "{bytes:x?} {before:x} {image:x}");
+                }
+                None => {
+                    assert_eq!((exit.reason, s.rip), (R::Vmcall, handler(ex::GP)), "{bytes:x?} {image:x}");
+                    let (rsp, flags) = (g.read32(s.rsp + 16), g.read32(s.rsp + 12) as u64);
+                    assert_eq!((rsp, flags & (VIF | IF)), (0x8000, before & (VIF | IF)), "nothing changed");
+                }
+            }
+        }
+    }
+    // Operands of 32 bits, and 16-bit ones without VME.
+    for bytes in [&[0x66, 0x9c][..], &[0x66, 0x9d], &[0x66, 0xcf]] {
+        virtual_8086(bytes, 0).expect_event(ex::GP, Some(0));
+    }
+    for bytes in [[0x9c], [0x9d], [0xcf]] {
+        virtual_8086(&bytes, 0).patch(|g| g.vmcs.guest.cr4 = 0).expect_event(ex::GP, Some(0));
+    }
+    // With IOPL 3, VME changes nothing: IF is IF.
+    let mut g = virtual_8086(&[0x9c, 0x0f, 0xa2], IOPL | VIF);
+    g.expect(R::Cpuid);
+    assert_eq!(g.read16(0x7ffe) as u64, IOPL | rflags::FIXED1);
+}
+
+/// The methods of handling INT n in virtual-8086 mode (SDM Vol. 3B table 21-2).
+#[test]
+fn virtual_8086_software_interrupts() {
+    use rflags::{IF, IOPL, TF, VIF, VIP};
+    #[derive(Debug, PartialEq)]
+    enum Handler {
+        /// Of the monitor, through the IDT.
+        Protected,
+        GeneralProtection,
+        /// Of the 8086 program: the FLAGS image pushed, RFLAGS there.
+        Program(u64, u64),
+    }
+    use Handler::{GeneralProtection, Program, Protected};
+    let vectors: [u8; 3] = [0x21, 0, 0xff];
+    // (method, CR4, flags, bit of the bitmap, who handles it)
+    let rows = [
+        (1, 0, IOPL | IF, 0, Protected),
+        (2, 0, IF, 0, GeneralProtection),
+        (3, cr4::VME, IF, 1, GeneralProtection),
+        (4, cr4::VME, IOPL | IF, 1, Protected),
+        (5, cr4::VME, IOPL | IF | VIF, 0, Program(IOPL | IF, IOPL | VIF)),
+        (5, cr4::VME, IOPL, 0, Program(IOPL, IOPL)),
+        (6, cr4::VME, IF, 0, Program(IOPL, IF)),
+        (6, cr4::VME, 1 << 12 | VIF | VIP, 0, Program(IOPL | IF, 1 << 12 | VIP)),
+        (6, cr4::PVI, VIF, 0, GeneralProtection),
+    ];
+    for (method, cr4, flags, bit, expected) in rows {
+        for vector in vectors {
+            let mut g = virtual_8086(&[0xcd, vector], flags).patch(|g| {
+                g.vmcs.guest.cr4 = cr4;
+                // Only this vector's bit says so.
+                let rest = if bit == 0 { 0xff } else { 0 };
+                g.write(TSS + REDIRECTION, &[rest; 32]);
+                g.write(TSS + REDIRECTION + vector as u64 / 8, &[rest ^ 1 << (vector % 8)]);
+                g.gate32(vector, 0xee, sel::CODE32, handler(vector) as u32);
+            });
+            let exit = g.enter();
+            let s = &g.vmcs.guest;
+            assert_eq!(exit.reason, R::Vmcall, "method {method}");
+            let found = if s.rflags & rflags::VM != 0 {
+                assert_eq!((s.segments[seg::CS].selector, s.rip), (0x3000, vector as u64 * 16));
+                assert_eq!(s.segments[seg::CS].access, AccessRights(0xf3));
+                assert_eq!(s.rsp, 0x7ffa);
+                assert_eq!((g.read16(0x7ffa), g.read16(0x7ffc)), (2, (CODE >> 4) as u16));
+                let mode = rflags::FIXED1 | rflags::VM;
+                Program(g.read16(0x7ffe) as u64 & !rflags::FIXED1, s.rflags & !mode)
+            } else if s.rip == handler(vector) {
+                assert_eq!(s.rsp, STACK0 - 36);
+                assert_eq!(g.read32(s.rsp + 8) as u64 & IF, flags & IF);
+                Protected
+            } else {
+                assert_eq!(s.rip, handler(ex::GP));
+                assert_eq!((g.read32(s.rsp), g.read32(s.rsp + 4)), (0, 0), "error code, EIP");
+                GeneralProtection
+            };
+            assert_eq!(found, expected, "method {method}, vector {vector:x}");
+        }
+    }
+    // INT3 isn't redirected, nor does it depend on IOPL (SDM Vol. 3B §21.3.3).
+    let mut g = virtual_8086(&[0xcc], 0).patch(|g| {
+        g.write(TSS + REDIRECTION, &[0; 32]);
+        g.gate32(ex::BP, 0xee, sel::CODE32, handler(ex::BP) as u32);
+    });
+    g.expect_event(ex::BP, None);
+    // The handler starts without TF; the image that it returns with keeps it.
+    let mut g = virtual_8086(&[0xcd, 0x21], TF).patch(|g| g.write(TSS + REDIRECTION, &[0; 32]));
+    g.expect(R::Vmcall);
+    assert_eq!((g.vmcs.guest.rip, g.read16(0x7ffe) as u64 & TF, g.vmcs.guest.rflags & TF), (0x210, TF, 0));
+    // A bitmap that isn't in the TSS is #GP(0), whatever the IOPL.
+    for (limit, map) in [(0x66, 0x88u16), (0x6b, 0x88), (0x8f, 31)] {
+        let mut g = virtual_8086(&[0xcd, 0x21], IOPL).patch(|g| {
+            g.vmcs.guest.segments[seg::TR].limit = limit;
+            g.write(TSS + 0x66, &map.to_le_bytes());
+            g.write(TSS + REDIRECTION, &[0; 32]);
+            g.gate32(0x21, 0xee, sel::CODE32, handler(0x21) as u32);
+        });
+        if map == 31 {
+            // Vector 21H's byte is at 31 - 32 + 4; vector 0's would be below the TSS.
+            g.write(TSS + 3, &[0xff]);
+            g.write(CODE, &[0xcd, 0]);
+        }
+        g.expect_event(ex::GP, Some(0));
+    }
+}
+
+/// POPF leaves VIF and VIP alone at CPL 0, IRETD loads them (SDM Vol. 2B table 4-16, Vol. 2A, IRET).
+#[test]
+fn virtual_interrupt_flags_at_cpl_0() {
+    let both = rflags::VIF | rflags::VIP;
+    let mut g = Guest::protected(&[0x9d, 0x0f, 0xa2]).patch(|g| {
+        g.vmcs.guest.rflags |= rflags::VIF;
+        g.write64(STACK, rflags::VIP | rflags::CF);
+    });
+    g.expect(R::Cpuid);
+    assert_eq!(g.vmcs.guest.rflags, rflags::VIF | rflags::CF | rflags::FIXED1);
+    let mut g = Guest::protected(&[0xcf, 0x0f, 0xa2]).patch(|g| {
+        for (n, v) in [CODE as u32 + 1, sel::CODE32 as u32, both as u32].iter().enumerate() {
+            g.write(STACK + n as u64 * 4, &v.to_le_bytes());
+        }
+    });
+    g.expect(R::Cpuid);
+    assert_eq!(g.vmcs.guest.rflags, both | rflags::FIXED1);
 }
 
 /// State that the processor can't be in fails the entry with reason 33 and bit 31

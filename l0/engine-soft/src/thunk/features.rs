@@ -39,9 +39,10 @@ pub fn supported_features(leaf: u32, subleaf: u32) -> [u32; 4] {
     }
 }
 
-/// FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFSH,
+/// FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFSH,
 /// MMX, FXSR, SSE, SSE2, SS.
-const LEAF1_EDX: u32 = set([0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27]);
+const LEAF1_EDX: u32 =
+    set([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27]);
 
 /// Extensions that only thunks execute, by host support; and the engine's own.
 fn leaf1_ecx() -> u32 {
