@@ -627,6 +627,37 @@ fn the_example_of_an_explained_entry_is_real() {
     }
 }
 
+/// All Rust sources below a folder.
+fn rust_sources(dir: &Path, text: &mut String) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_sources(&path, text);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            text.push_str(&std::fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+/// Functions that the page on VMX names, as far as their names have more than one word, exist.
+#[test]
+fn functions_in_the_page_exist() {
+    let mut code = String::new();
+    for dir in ["vmx-emu/src", "ept-compress/src", "l0/hypervisor/src"] {
+        rust_sources(&root().join(dir), &mut code);
+    }
+    let page = source("docs/vmx.md");
+    let words = |name: &&str| {
+        name.contains('_') && name.chars().all(|c| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit())
+    };
+    let named: Vec<&str> = page.split('`').skip(1).step_by(2).filter(words).collect();
+    assert!(named.contains(&"dispatch_l2"), "{named:?}");
+    for name in named {
+        let exists = ["(", "<"].iter().any(|next| code.contains(&format!("fn {name}{next}")));
+        assert!(exists, "docs/vmx.md names {name}");
+    }
+}
+
 /// Files that the pages name exist.
 #[test]
 fn files_in_the_pages_exist() {
