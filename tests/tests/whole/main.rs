@@ -4,5 +4,6 @@ mod boot;
 mod docs;
 mod input;
 mod linux;
+mod nested;
 mod payloads;
 mod terminal;
