@@ -2,6 +2,7 @@
 
 mod boot;
 mod checks;
+mod ept;
 mod events;
 mod exits;
 mod instructions;
@@ -21,7 +22,7 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    let groups = [boot::CASES, instructions::CASES, checks::CASES, events::CASES];
+    let groups = [boot::CASES, instructions::CASES, checks::CASES, events::CASES, ept::CASES];
     for group in groups.into_iter().chain(exits::GROUPS) {
         group.iter().for_each(&mut *f);
     }
