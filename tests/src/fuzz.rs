@@ -221,6 +221,54 @@ fn go_on(
     }
 }
 
+/// Plays the input as a guest's accesses to the PC's devices: ports, device memory, MSRs, with time
+/// passing in between. Each access takes twelve bytes.
+pub fn devices(data: &[u8]) {
+    use devices::{Clock, ManualClock};
+    use machine::{Pc, PcConfig};
+    /// Where devices are, so that most accesses find one.
+    const PORTS: [u16; 16] = [
+        0x20, 0xa0, 0x40, 0x43, 0x60, 0x64, 0x70, 0x71, 0x3f8, 0x3fa, 0x4d0, 0x510, 0x600, 0xcf8, 0xcf9,
+        0x2000,
+    ];
+    const PAGES: [u64; 4] = [0xfec0_0000, 0xfee0_0000, 0xff00_0000, 0xfee0_0300];
+    let clock = Arc::new(ManualClock::default());
+    let config = PcConfig {
+        cpus: 2,
+        debug_exit: true,
+        testdev: true,
+        clock: Some(clock.clone()),
+        utc_ns: Some(0),
+        ..PcConfig::default()
+    };
+    let pc = Pc::new(config, &[]).expect("a PC with two vCPUs");
+    let mut b = Bytes(data);
+    while !b.0.is_empty() {
+        let (what, which, low) = (b.u8(), b.u8(), b.u8());
+        let (size, value) = (1 << (b.u8() & 3), b.u64());
+        let port = PORTS[which as usize & 15].wrapping_add(u16::from(low & 7));
+        let port = if which & 0x80 != 0 { u16::from_le_bytes([low, which]) } else { port };
+        let gpa = PAGES[which as usize & 3] + (u64::from(low) << 4);
+        let cpu = usize::from(which & 1);
+        let msr = 0x800 + u32::from(low);
+        match what & 7 {
+            0 => pc.pio_write(port, size.min(4), value as u32),
+            1 => _ = pc.pio_read(port, size.min(4)),
+            2 => pc.mmio_write(cpu, L1Gpa(gpa), size, value),
+            3 => _ = pc.mmio_read(cpu, L1Gpa(gpa), size),
+            4 => _ = pc.write_msr(cpu, if which & 0x40 != 0 { 0x1b } else { msr }, value),
+            5 => _ = pc.read_msr(cpu, msr),
+            6 => _ = pc.take_interrupt(cpu),
+            _ => {
+                clock.set_ns(clock.now_ns().saturating_add(value >> 24));
+                pc.tick(clock.now_ns());
+                let next = pc.next_deadline();
+                assert!(next.is_none_or(|at| at > clock.now_ns()), "a deadline that does not pass");
+            }
+        }
+    }
+}
+
 /// Gives the input to every boot loader as a kernel with an initrd of its last bytes.
 pub fn boot_loaders(data: &[u8]) {
     let memory = Arc::new(MachineMemory::new(64 << 20).expect("64 MiB of memory"));

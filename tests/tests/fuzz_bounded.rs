@@ -34,6 +34,16 @@ fn random_code_in_every_mode() {
     }
 }
 
+/// Any accesses to any device.
+#[test]
+fn random_device_accesses() {
+    let mut r = Random(0xdead_beef);
+    for _ in 0..200 {
+        let data = r.bytes(12 * 500);
+        fuzz::devices(&data);
+    }
+}
+
 /// Damaged kernels of every format: an error, never a panic.
 #[test]
 fn random_kernels() {
