@@ -1,11 +1,13 @@
 //! The cases, by group.
 
+mod apic;
 mod boot;
 mod checks;
 mod ept;
 mod events;
 mod exits;
 mod instructions;
+mod state;
 
 use super::suite::Case;
 
@@ -22,7 +24,7 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    let groups = [boot::CASES, instructions::CASES, checks::CASES, events::CASES, ept::CASES];
+    let groups = [boot::CASES, instructions::CASES, checks::CASES, events::CASES, ept::CASES, apic::CASES, state::CASES];
     for group in groups.into_iter().chain(exits::GROUPS) {
         group.iter().for_each(&mut *f);
     }
