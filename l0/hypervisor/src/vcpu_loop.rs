@@ -141,7 +141,7 @@ impl<E: Engine> VcpuLoop<E> {
         self.deadline = None;
     }
 
-    fn ns(&self, ticks: u64) -> u64 {
+    pub(crate) fn ns(&self, ticks: u64) -> u64 {
         devices::clock::mul_div(ticks, NS_PER_SEC, self.tsc_hz)
     }
 
@@ -293,8 +293,8 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Waits after HLT for an interrupt or a deadline.
     fn idle(&mut self, since: &mut u64) {
-        let limit =
-            self.next_deadline().map(|d| Duration::from_nanos(d.saturating_sub(self.board().now_ns())));
+        let devices = self.next_deadline().map(|d| d.saturating_sub(self.board().now_ns()));
+        let limit = [devices, self.l2_timer_ns()].into_iter().flatten().min().map(Duration::from_nanos);
         if limit.is_none_or(|l| !l.is_zero()) {
             self.vm.handle().wait(self.index, limit);
         }

@@ -1,6 +1,7 @@
 //! A virtual machine: what its vCPUs share, and the handle for other threads.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -225,6 +226,9 @@ struct CpuSignal {
 /// Explanations of failed VM entries that are kept; older ones give way.
 const MAX_EXPLAINED: usize = 8;
 
+/// Failed VM entries after which the three-way view is no longer made anew.
+const MAX_VIEWS: u64 = 100;
+
 /// VM entries of L1 that failed.
 #[derive(Clone, Debug, Default)]
 pub struct FailedEntries {
@@ -232,6 +236,8 @@ pub struct FailedEntries {
     pub count: u64,
     /// Explanations of the last ones, oldest first.
     pub last: VecDeque<String>,
+    /// VMCS01, VMCS12 and VMCS02 side by side at the last of the first hundred whose checks failed.
+    pub view: String,
 }
 
 struct Shared {
@@ -298,13 +304,19 @@ impl VmHandle {
     }
 
     /// Records a failed VM entry of L1.
-    pub(crate) fn entry_failed(&self, explanation: impl FnOnce() -> String) {
+    pub(crate) fn entry_failed(&self, explain: impl FnOnce() -> String, view: Option<&dyn fmt::Display>) {
         let mut failed = lock(&self.0.failed_entries);
         failed.count += 1;
         if failed.last.len() == MAX_EXPLAINED {
             failed.last.pop_front();
         }
-        failed.last.push_back(explanation());
+        failed.last.push_back(explain());
+        // The view is long: an L1 that fails again and again need not pay for it each time.
+        if failed.count <= MAX_VIEWS
+            && let Some(view) = view
+        {
+            failed.view = view.to_string();
+        }
     }
 
     pub(crate) fn set_kicker(&self, cpu: usize, kicker: Arc<dyn Kick>) {

@@ -18,6 +18,7 @@ use vmx_emu::merge::tsc::{Timer12, TscView};
 use vmx_emu::merge::{self, L0, L2Space};
 use vmx_emu::reflect::{self, Abort, AfterSwitch, Parts};
 use vmx_emu::route::{self, Owner};
+use vmx_emu::view::ThreeWay;
 use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Outcome as Vmx, Vmcs12};
 use x86_spec::controls::{ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exception;
@@ -198,7 +199,9 @@ impl<E: Engine> VcpuLoop<E> {
         let report = checks::run(&context);
         if !report.passed() {
             let rip = self.vmcs.guest.rip;
-            vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"));
+            let view =
+                ThreeWay { vmcs01: &self.vmcs, vmcs12, vmcs02: &n.vmcs01, origins: n.origins.as_ref() };
+            vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
             tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
         }
         match report.architectural() {
@@ -268,7 +271,7 @@ impl<E: Engine> VcpuLoop<E> {
             }
             Err(failed) => {
                 let rip = self.vmcs.guest.rip;
-                vm.handle().entry_failed(|| format!("VM entry at {rip:#x}: {failed}"));
+                vm.handle().entry_failed(|| format!("VM entry at {rip:#x}: {failed}"), None);
                 self.fail_entry(failed)
             }
         }
@@ -346,7 +349,14 @@ impl<E: Engine> VcpuLoop<E> {
                 }
                 Outcome::Resume
             }
-            Some(Err(abort)) => self.crash(CrashCause::VmxAbort { indicator: abort.indicator() }),
+            Some(Err(abort)) => {
+                let indicator = abort.indicator();
+                if let Some(region) = self.nested.as_ref().and_then(|n| n.state.current_pointer()) {
+                    let at = region.offset(vmx_emu::vmcs12::ABORT_INDICATOR_OFFSET);
+                    L1Physical::write(self.vm().ram(), at, &indicator.to_le_bytes());
+                }
+                self.crash(CrashCause::VmxAbort { indicator })
+            }
             None => Outcome::Resume,
         }
     }
@@ -357,7 +367,7 @@ impl<E: Engine> VcpuLoop<E> {
     pub(crate) fn dispatch_l2(&mut self, exit: &VmExit) -> Outcome {
         if exit.entry_failure {
             let name = exit.reason.name();
-            self.vm().handle().entry_failed(|| format!("the engine can't run L2's state: {name}"));
+            self.vm().handle().entry_failed(|| format!("the engine can't run L2's state: {name}"), None);
             // VMCS02 never ran; what L1 sees is a failed entry.
             let failed = FailedEntry { reason: exit.reason, qualification: exit.qualification };
             let result = self.with_parts(true, |parts| failed.reflect(parts));
@@ -640,6 +650,14 @@ impl<E: Engine> VcpuLoop<E> {
         let expired =
             self.nested.as_ref().and_then(|n| n.timer12).is_some_and(|t| t.expired(self.vm().engine().tsc()));
         expired || exits && interrupts.has_interrupt(self.index)
+    }
+
+    /// Nanoseconds until L1's VMX-preemption timer expires, which wakes an L2 in HLT, rounded up.
+    pub(crate) fn l2_timer_ns(&self) -> Option<u64> {
+        let timer = self.nested.as_ref().filter(|n| n.state.in_guest())?.timer12?;
+        let n = self.nested.as_ref()?;
+        let ticks = u64::from(timer.remaining(self.vm().engine().tsc())) << n.rate;
+        Some(self.ns(ticks).saturating_add(1))
     }
 
     /// The TSC offset of the context that runs, after L1's TSC moved.
