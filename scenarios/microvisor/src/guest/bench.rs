@@ -27,9 +27,27 @@ fn none(_: &mut Vm) -> Outcome {
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "cpuid_bare", code: || code!["2: cpuid", "jmp 2b"], setup: none, reason: reason::CPUID, handle: false },
-    Bench { name: "cpuid", code: || code!["2: cpuid", "jmp 2b"], setup: none, reason: reason::CPUID, handle: true },
-    Bench { name: "vmcall", code: || code!["2: vmcall", "jmp 2b"], setup: none, reason: reason::VMCALL, handle: true },
+    Bench {
+        name: "cpuid_bare",
+        code: || code!["2: cpuid", "jmp 2b"],
+        setup: none,
+        reason: reason::CPUID,
+        handle: false,
+    },
+    Bench {
+        name: "cpuid",
+        code: || code!["2: cpuid", "jmp 2b"],
+        setup: none,
+        reason: reason::CPUID,
+        handle: true,
+    },
+    Bench {
+        name: "vmcall",
+        code: || code!["2: vmcall", "jmp 2b"],
+        setup: none,
+        reason: reason::VMCALL,
+        handle: true,
+    },
     Bench {
         name: "inl",
         code: || code!["mov edx, 0x80", "2: in eax, dx", "jmp 2b"],

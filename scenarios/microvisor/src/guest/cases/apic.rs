@@ -115,7 +115,8 @@ fn access_fetch(ctx: &mut Ctx) -> Outcome {
 
 /// With the TPR shadow alone, offset 80H is virtualized.
 fn access_tpr(ctx: &mut Ctx) -> Outcome {
-    let (mut vm, page) = accessing(ctx, code!["mov edx, [rbx + 0x80]", "mov [rbx + 0x80], eax", "vmcall"], 0)?;
+    let (mut vm, page) =
+        accessing(ctx, code!["mov edx, [rbx + 0x80]", "mov [rbx + 0x80], eax", "vmcall"], 0)?;
     memory::write(page + VTPR, 0x60_u32);
     vm.finish()?;
     check!("what L2 read", vm.regs.rdx, 0x60);
@@ -134,8 +135,11 @@ fn access_without_ept(ctx: &mut Ctx) -> Outcome {
 }
 
 fn registers_read(ctx: &mut Ctx) -> Outcome {
-    let (mut vm, page) =
-        accessing(ctx, code!["mov eax, [rbx + 0x20]", "mov ecx, [rbx + 0x300]", "vmcall"], secondary::APIC_REGISTERS)?;
+    let (mut vm, page) = accessing(
+        ctx,
+        code!["mov eax, [rbx + 0x20]", "mov ecx, [rbx + 0x300]", "vmcall"],
+        secondary::APIC_REGISTERS,
+    )?;
     memory::write(page + 0x20, 0x0700_0000_u32);
     memory::write(page + 0x300, 0x1234_u32);
     vm.finish()?;
@@ -145,8 +149,11 @@ fn registers_read(ctx: &mut Ctx) -> Outcome {
 }
 
 fn registers_write(ctx: &mut Ctx) -> Outcome {
-    let (mut vm, page) =
-        accessing(ctx, code!["mov [rbx + 0x310], eax", "mov [rbx + 0x300], eax", "nop", "vmcall"], secondary::APIC_REGISTERS)?;
+    let (mut vm, page) = accessing(
+        ctx,
+        code!["mov [rbx + 0x310], eax", "mov [rbx + 0x300], eax", "nop", "vmcall"],
+        secondary::APIC_REGISTERS,
+    )?;
     vm.regs.rax = 0x5500_0066;
     // The high half of the ICR takes the write alone, but for its reserved bytes; the low half exits
     // behind it.

@@ -152,7 +152,11 @@ fn must_enter(ctx: &Ctx, what: &dyn core::fmt::Display, ops: [&[Op]; 2]) -> Outc
     match vm.enter() {
         Ok(e) if e.reason >> 31 == 0 => Ok(()),
         Ok(e) => {
-            fail!("{what}: expected entry, got exit reason {:#x}, qualification {:#x}", e.reason, e.qualification)
+            fail!(
+                "{what}: expected entry, got exit reason {:#x}, qualification {:#x}",
+                e.reason,
+                e.qualification
+            )
         }
         Err(e) => fail!("{what}: expected entry, got {e:x?}"),
     }
@@ -250,7 +254,11 @@ fn primary_reserved(ctx: &mut Ctx) -> Outcome {
 fn secondary_reserved(ctx: &mut Ctx) -> Outcome {
     reserved(ctx, SECONDARY, ctx.caps.secondary, &[Primary(primary::SECONDARY)])?;
     // Without "activate secondary controls" the field does not matter.
-    must_enter(ctx, &"not activated", [&[Clear(PRIMARY, primary::SECONDARY as u64)], &[Set(SECONDARY, 0xffff_ffff)]])
+    must_enter(
+        ctx,
+        &"not activated",
+        [&[Clear(PRIMARY, primary::SECONDARY as u64)], &[Set(SECONDARY, 0xffff_ffff)]],
+    )
 }
 fn exit_reserved(ctx: &mut Ctx) -> Outcome {
     reserved(ctx, EXIT_CTL, ctx.caps.exit, &[])
@@ -324,10 +332,19 @@ fn injection_length(ctx: &mut Ctx) -> Outcome {
     for event in [0x8000_0480, 0x8000_0501, 0x8000_0603] {
         let setup: &[Op] = &[Set(ENTRY_INFO, event)];
         for length in [16, 0x8000_0000] {
-            must_fail(ctx, Controls, &format_args!("{event:#x} of length {length:#x}"), [setup, &[Set(ENTRY_LEN, length)]])?;
+            must_fail(
+                ctx,
+                Controls,
+                &format_args!("{event:#x} of length {length:#x}"),
+                [setup, &[Set(ENTRY_LEN, length)]],
+            )?;
         }
         for length in [1, 15] {
-            must_enter(ctx, &format_args!("{event:#x} of length {length}"), [setup, &[Set(ENTRY_LEN, length)]])?;
+            must_enter(
+                ctx,
+                &format_args!("{event:#x} of length {length}"),
+                [setup, &[Set(ENTRY_LEN, length)]],
+            )?;
         }
         let ops: [&[Op]; 2] = [setup, &[Set(ENTRY_LEN, 0)]];
         match zero {
@@ -374,7 +391,12 @@ fn activity_injection(ctx: &mut Ctx) -> Outcome {
     if offered(2) {
         let setup: &[Op] = &[Set(ACTIVITY, 2), flags];
         for event in [0x8000_0306, 0x8000_0040, 0x8000_0301] {
-            must_fail(ctx, Guest(0), &format_args!("{event:#x} in shutdown"), [setup, &[Set(ENTRY_INFO, event)]])?;
+            must_fail(
+                ctx,
+                Guest(0),
+                &format_args!("{event:#x} in shutdown"),
+                [setup, &[Set(ENTRY_INFO, event)]],
+            )?;
         }
         for event in [0x8000_0202, 0x8000_0312] {
             must_enter(ctx, &format_args!("{event:#x} in shutdown"), [setup, &[Set(ENTRY_INFO, event)]])?;
@@ -383,7 +405,12 @@ fn activity_injection(ctx: &mut Ctx) -> Outcome {
     if offered(3) {
         let setup: &[Op] = &[Set(ACTIVITY, 3), flags];
         for event in [0x8000_0306, 0x8000_0040, 0x8000_0202] {
-            must_fail(ctx, Guest(0), &format_args!("{event:#x} in wait-for-SIPI"), [setup, &[Set(ENTRY_INFO, event)]])?;
+            must_fail(
+                ctx,
+                Guest(0),
+                &format_args!("{event:#x} in wait-for-SIPI"),
+                [setup, &[Set(ENTRY_INFO, event)]],
+            )?;
         }
     }
     if !offered(1) && !offered(2) && !offered(3) {
@@ -395,7 +422,10 @@ fn activity_injection(ctx: &mut Ctx) -> Outcome {
 /// Processors may or may not refuse this; if the entry fails, then with qualification 3.
 fn nmi_blocked_by_sti(ctx: &mut Ctx) -> Outcome {
     let mut vm = machine(ctx)?;
-    apply(&mut vm, &[Set(ENTRY_INFO, 0x8000_0202), Set(GUEST_RFLAGS, 0x202), Set(INTERRUPTIBILITY, 1), Timer])?;
+    apply(
+        &mut vm,
+        &[Set(ENTRY_INFO, 0x8000_0202), Set(GUEST_RFLAGS, 0x202), Set(INTERRUPTIBILITY, 1), Timer],
+    )?;
     match vm.enter() {
         Ok(e) if e.reason == 0x8000_0021 => check!("qualification", e.qualification, 3),
         Ok(e) if e.reason >> 31 == 0 => {}

@@ -13,6 +13,7 @@ super::cases! { true;
     "event.exception.bp" "Vol. 3C 28.2.2" exception_bp;
     "event.exception.int1" "Vol. 3C 28.2.2" exception_int1;
     "event.exception.gp" "Vol. 3C 28.2.2" exception_gp;
+    "event.exception.gp_emulated" "Vol. 3C 26.2" exception_gp_emulated;
     "event.exception.de" "Vol. 3C 28.2.2" exception_de;
     "event.exception.nm" "Vol. 3C 28.2.2" exception_nm;
     "event.exception.db_trap" "Vol. 3C 28.2.1" exception_single_step;
@@ -100,10 +101,14 @@ fn exception_int1(ctx: &mut Ctx) -> Outcome {
 }
 
 fn exception_gp(ctx: &mut Ctx) -> Outcome {
-    let (_, e) = bitmap_exit(ctx, code!["mov ds, ax"], 13, &[])
-        .or_else(|_| bitmap_exit(ctx, code!["mov cr4, rax"], 13, &[]))?;
+    // A non-canonical address.
+    let mut vm = Vm::new(&ctx.caps, code!["mov al, [rbx]", "vmcall"])?;
+    vm.set(EXCEPTIONS, 1 << 13)?;
+    vm.regs.rbx = 1 << 63;
+    let e = vm.expect(reason::EXCEPTION_NMI)?;
     check!("interruption information", e.info, 0x8000_0b0d_u32);
     check!("error code", e.code, 0);
+    check!("RIP - code", e.rip - vm.code, 0);
     let mut vm = Vm::new(&ctx.caps, code!["mov ds, ecx", "vmcall"])?;
     vm.set(EXCEPTIONS, 1 << 13)?;
     vm.regs.rcx = 0x7ffb;
@@ -111,6 +116,27 @@ fn exception_gp(ctx: &mut Ctx) -> Outcome {
     check!("interruption information", e.info, 0x8000_0b0d_u32);
     check!("error code with a selector", e.code, 0x7ff8);
     check!("resume flag saved", vm.get(GUEST_RFLAGS)? >> 16 & 1, 1);
+    Ok(())
+}
+
+/// #GP of instructions that L0 may have to emulate: it exits by L1's bitmap like any other.
+fn exception_gp_emulated(ctx: &mut Ctx) -> Outcome {
+    for (what, code) in [
+        ("MOV to CR0 clearing NE", code!["mov rax, cr0", "btr rax, 5", "mov cr0, rax"]),
+        ("MOV to CR4 clearing VMXE", code!["mov rax, cr4", "btr rax, 13", "mov cr4, rax"]),
+        ("RDMSR of no MSR", code!["mov ecx, 0x1234", "rdmsr"]),
+        ("WRMSR of a wrong value", code!["mov ecx, 0xc0000102", "mov edx, 1 << 31", "wrmsr"]),
+    ] {
+        memory::reset();
+        let mut vm = Vm::new(&ctx.caps, code)?;
+        vm.need_primary(primary::MSR_BITMAPS)?;
+        vm.set(MSR_BITMAP, memory::page())?;
+        vm.set(EXCEPTIONS, 1 << 13)?;
+        let e = vm.run()?;
+        check!(format_args!("{what}: exit reason"), e.reason, reason::EXCEPTION_NMI);
+        check!(format_args!("{what}: interruption information"), e.info, 0x8000_0b0d_u32);
+        check!(format_args!("{what}: error code"), e.code, 0);
+    }
     Ok(())
 }
 
@@ -156,9 +182,15 @@ fn exception_pf(ctx: &mut Ctx) -> Outcome {
 /// A page fault exits if (code AND mask = match) equals bit 14 of the bitmap.
 fn pf_mask_match(ctx: &mut Ctx) -> Outcome {
     // Bitmap bit, mask, match, whether a write (error code 2) exits.
-    for (bit, mask, matching, exits) in
-        [(1_u64, 2, 2, true), (1, 2, 0, false), (0, 2, 0, true), (0, 2, 2, false), (1, 0, 1, false), (0, 0, 1, true), (1, 0, 0, true)]
-    {
+    for (bit, mask, matching, exits) in [
+        (1_u64, 2, 2, true),
+        (1, 2, 0, false),
+        (0, 2, 0, true),
+        (0, 2, 2, false),
+        (1, 0, 1, false),
+        (0, 0, 1, true),
+        (1, 0, 0, true),
+    ] {
         memory::reset();
         let mut vm = Vm::new(&ctx.caps, code!["mov [rbx], al"])?;
         vm.set(EXCEPTIONS, bit << 14)?;
@@ -338,7 +370,19 @@ fn nmi_window(ctx: &mut Ctx) -> Outcome {
 fn nmi_window_blocked(ctx: &mut Ctx) -> Outcome {
     let mut vm = Vm::new(
         &ctx.caps,
-        code!["nop", "mov rax, rsp", "push 0x10", "push rax", "push 2", "push 8", "lea rax, [rip + 2f]", "push rax", "iretq", "2: nop", "vmcall"],
+        code![
+            "nop",
+            "mov rax, rsp",
+            "push 0x10",
+            "push rax",
+            "push 2",
+            "push 8",
+            "lea rax, [rip + 2f]",
+            "push rax",
+            "iretq",
+            "2: nop",
+            "vmcall"
+        ],
     )?;
     vm.need_pin(pin::NMI | pin::VIRTUAL_NMIS)?;
     vm.need_primary(primary::NMI_WINDOW)?;

@@ -272,7 +272,8 @@ fn user_faults(ctx: &mut Ctx) -> Outcome {
     ] {
         memory::reset();
         let mut vm = Vm::new(&ctx.caps, code)?;
-        let _ = apply(&mut vm, &[Primary(primary::HLT | primary::INVLPG | primary::IO_ALL | primary::MOV_DR)]);
+        let _ =
+            apply(&mut vm, &[Primary(primary::HLT | primary::INVLPG | primary::IO_ALL | primary::MOV_DR)]);
         let _ = apply(&mut vm, &[Secondary(secondary::DESCRIPTOR)]);
         user(&vm)?;
         let event = vm.expect_event(13)?;
@@ -408,7 +409,10 @@ fn smsw_shadow(ctx: &mut Ctx) -> Outcome {
 }
 
 fn io_bitmap(ctx: &mut Ctx) -> Outcome {
-    let mut vm = Vm::new(&ctx.caps, code!["out 0x80, al", "mov dx, 0x8080", "out dx, al", "mov dl, 0x81", "out dx, al", "vmcall"])?;
+    let mut vm = Vm::new(
+        &ctx.caps,
+        code!["out 0x80, al", "mov dx, 0x8080", "out dx, al", "mov dl, 0x81", "out dx, al", "vmcall"],
+    )?;
     vm.need_primary(primary::IO_BITMAPS)?;
     // Unconditional exiting is ignored with bitmaps.
     if ctx.caps.primary.can(primary::IO_ALL) {
@@ -610,7 +614,9 @@ fn vmfunc_unsupported(ctx: &mut Ctx) -> Outcome {
     vm.set(GUEST_RIP, vm.code)?;
     vm.regs.rax = 64;
     let e = vm.run()?;
-    if !matches!(e.reason, reason::VMCALL | reason::VMFUNC) || e.reason == reason::VMCALL && trap::l2_event().vector != 6 {
+    if !matches!(e.reason, reason::VMCALL | reason::VMFUNC)
+        || e.reason == reason::VMCALL && trap::l2_event().vector != 6
+    {
         fail!("VMFUNC 64: expected #UD or exit reason 59, got exit reason {}", e.reason)
     }
     Ok(())
@@ -668,7 +674,8 @@ fn task_switch(ctx: &mut Ctx) -> Outcome {
 
 fn real_mode(ctx: &mut Ctx) -> Outcome {
     // mov eax, cr0; mov bx, cs; cpuid; vmcall
-    let mut vm = Vm::new(&ctx.caps, code![".byte 0x0f, 0x20, 0xc0, 0x8c, 0xcb, 0x0f, 0xa2, 0x0f, 0x01, 0xc1"])?;
+    let mut vm =
+        Vm::new(&ctx.caps, code![".byte 0x0f, 0x20, 0xc0, 0x8c, 0xcb, 0x0f, 0xa2, 0x0f, 0x01, 0xc1"])?;
     vm.real_mode(0x8000, 16)?;
     let e = vm.expect(reason::CPUID)?;
     check!("RIP", e.rip, 5);
@@ -695,8 +702,16 @@ fn state_saved(ctx: &mut Ctx) -> Outcome {
     let mut vm = Vm::new(
         &ctx.caps,
         code![
-            "mov cr3, rax", "mov ds, ecx", "mov fs, ecx", "push 0x8d7", "popfq", "mov rsp, 0x123450",
-            "mov r8, 0x88", "mov r15, 0xff", "mov rbp, 0xbb", "vmcall"
+            "mov cr3, rax",
+            "mov ds, ecx",
+            "mov fs, ecx",
+            "push 0x8d7",
+            "popfq",
+            "mov rsp, 0x123450",
+            "mov r8, 0x88",
+            "mov r15, 0xff",
+            "mov rbp, 0xbb",
+            "vmcall"
         ],
     )?;
     vm.regs.rax = cpu::cr3() | 0x18;
@@ -744,7 +759,13 @@ fn host_state(ctx: &mut Ctx) -> Outcome {
     check!("IA32_SYSENTER_EIP", cpu::msr(cpu::MSR_SYSENTER_EIP), 0x77);
     check!("DR7", cpu::dr7(), 0x400);
     check!("IA32_DEBUGCTL", cpu::msr(cpu::MSR_DEBUGCTL), 0);
-    for msr in [cpu::MSR_FS_BASE, cpu::MSR_GS_BASE, cpu::MSR_SYSENTER_CS, cpu::MSR_SYSENTER_ESP, cpu::MSR_SYSENTER_EIP] {
+    for msr in [
+        cpu::MSR_FS_BASE,
+        cpu::MSR_GS_BASE,
+        cpu::MSR_SYSENTER_CS,
+        cpu::MSR_SYSENTER_ESP,
+        cpu::MSR_SYSENTER_EIP,
+    ] {
         let _ = cpu::wrmsr(msr, 0);
     }
     Ok(())
@@ -804,8 +825,16 @@ fn save_lma(ctx: &mut Ctx) -> Outcome {
     let mut vm = Vm::new(
         &ctx.caps,
         code![
-            "push 0x18", "lea rax, [rip + 2f]", "push rax", ".byte 0x48, 0xcb",
-            ".code32", "2: mov eax, cr0", "and eax, 0x7fffffff", "mov cr0, eax", "vmcall", ".code64"
+            "push 0x18",
+            "lea rax, [rip + 2f]",
+            "push rax",
+            ".byte 0x48, 0xcb",
+            ".code32",
+            "2: mov eax, cr0",
+            "and eax, 0x7fffffff",
+            "mov cr0, eax",
+            "vmcall",
+            ".code64"
         ],
     )?;
     vm.need_secondary(secondary::UNRESTRICTED)?;

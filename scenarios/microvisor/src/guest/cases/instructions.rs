@@ -298,7 +298,11 @@ fn vmxon_in_root(ctx: &mut Ctx) -> Outcome {
 
 fn vmxon_memory_operand(ctx: &mut Ctx) -> Outcome {
     off()?;
-    fails("VMXON of a page that is not present", vmx::vmxon_at((5_u64 << 30) as *const u64), exception(PF, 0))?;
+    fails(
+        "VMXON of a page that is not present",
+        vmx::vmxon_at((5_u64 << 30) as *const u64),
+        exception(PF, 0),
+    )?;
     fails("VMXON of a non-canonical address", vmx::vmxon_at((1_u64 << 63) as *const u64), exception(GP, 0))?;
     enter_vmx(ctx)
 }
@@ -599,16 +603,101 @@ fn vmread_memory(ctx: &mut Ctx) -> Outcome {
 
 /// Fields that exist on every processor with the controls that are offered.
 const ALWAYS: &[u32] = &[
-    ES_SEL, CS_SEL, SS_SEL, DS_SEL, FS_SEL, GS_SEL, LDTR_SEL, TR_SEL, HOST_ES, HOST_CS, HOST_SS, HOST_DS, HOST_FS,
-    HOST_GS, HOST_TR, IO_A, IO_B, EXIT_STORE_ADDR, EXIT_LOAD_ADDR, ENTRY_LOAD_ADDR, TSC_OFFSET, LINK, GUEST_DEBUGCTL, PIN,
-    PRIMARY, EXCEPTIONS, PF_MASK, PF_MATCH, CR3_COUNT, EXIT_CTL, EXIT_STORE_COUNT, EXIT_LOAD_COUNT, ENTRY_CTL,
-    ENTRY_LOAD_COUNT, ENTRY_INFO, ENTRY_CODE, ENTRY_LEN, ES_LIMIT, CS_LIMIT, SS_LIMIT, DS_LIMIT, FS_LIMIT, GS_LIMIT,
-    LDTR_LIMIT, TR_LIMIT, GDTR_LIMIT, IDTR_LIMIT, ES_AR, CS_AR, SS_AR, DS_AR, FS_AR, GS_AR, LDTR_AR, TR_AR,
-    INTERRUPTIBILITY, ACTIVITY, GUEST_SYSENTER_CS, HOST_SYSENTER_CS, CR0_MASK, CR4_MASK, CR0_SHADOW, CR4_SHADOW,
-    GUEST_CR0, GUEST_CR3, GUEST_CR4, ES_BASE, CS_BASE, SS_BASE, DS_BASE, FS_BASE, GS_BASE, LDTR_BASE, TR_BASE,
-    GDTR_BASE, IDTR_BASE, GUEST_DR7, GUEST_RSP, GUEST_RIP, GUEST_RFLAGS, PENDING_DEBUG, GUEST_SYSENTER_ESP,
-    GUEST_SYSENTER_EIP, HOST_CR0, HOST_CR3, HOST_CR4, HOST_FS_BASE, HOST_GS_BASE, HOST_TR_BASE, HOST_GDTR, HOST_IDTR,
-    HOST_SYSENTER_ESP, HOST_SYSENTER_EIP, HOST_RSP, HOST_RIP,
+    ES_SEL,
+    CS_SEL,
+    SS_SEL,
+    DS_SEL,
+    FS_SEL,
+    GS_SEL,
+    LDTR_SEL,
+    TR_SEL,
+    HOST_ES,
+    HOST_CS,
+    HOST_SS,
+    HOST_DS,
+    HOST_FS,
+    HOST_GS,
+    HOST_TR,
+    IO_A,
+    IO_B,
+    EXIT_STORE_ADDR,
+    EXIT_LOAD_ADDR,
+    ENTRY_LOAD_ADDR,
+    TSC_OFFSET,
+    LINK,
+    GUEST_DEBUGCTL,
+    PIN,
+    PRIMARY,
+    EXCEPTIONS,
+    PF_MASK,
+    PF_MATCH,
+    CR3_COUNT,
+    EXIT_CTL,
+    EXIT_STORE_COUNT,
+    EXIT_LOAD_COUNT,
+    ENTRY_CTL,
+    ENTRY_LOAD_COUNT,
+    ENTRY_INFO,
+    ENTRY_CODE,
+    ENTRY_LEN,
+    ES_LIMIT,
+    CS_LIMIT,
+    SS_LIMIT,
+    DS_LIMIT,
+    FS_LIMIT,
+    GS_LIMIT,
+    LDTR_LIMIT,
+    TR_LIMIT,
+    GDTR_LIMIT,
+    IDTR_LIMIT,
+    ES_AR,
+    CS_AR,
+    SS_AR,
+    DS_AR,
+    FS_AR,
+    GS_AR,
+    LDTR_AR,
+    TR_AR,
+    INTERRUPTIBILITY,
+    ACTIVITY,
+    GUEST_SYSENTER_CS,
+    HOST_SYSENTER_CS,
+    CR0_MASK,
+    CR4_MASK,
+    CR0_SHADOW,
+    CR4_SHADOW,
+    GUEST_CR0,
+    GUEST_CR3,
+    GUEST_CR4,
+    ES_BASE,
+    CS_BASE,
+    SS_BASE,
+    DS_BASE,
+    FS_BASE,
+    GS_BASE,
+    LDTR_BASE,
+    TR_BASE,
+    GDTR_BASE,
+    IDTR_BASE,
+    GUEST_DR7,
+    GUEST_RSP,
+    GUEST_RIP,
+    GUEST_RFLAGS,
+    PENDING_DEBUG,
+    GUEST_SYSENTER_ESP,
+    GUEST_SYSENTER_EIP,
+    HOST_CR0,
+    HOST_CR3,
+    HOST_CR4,
+    HOST_FS_BASE,
+    HOST_GS_BASE,
+    HOST_TR_BASE,
+    HOST_GDTR,
+    HOST_IDTR,
+    HOST_SYSENTER_ESP,
+    HOST_SYSENTER_EIP,
+    HOST_RSP,
+    HOST_RIP,
 ];
 
 /// The bits that a field's width gives it (SDM Vol. 3C table 25-20).
@@ -658,7 +747,9 @@ fn high_halves(ctx: &mut Ctx) -> Outcome {
 
 fn field_widths(ctx: &mut Ctx) -> Outcome {
     let vm = Vm::new(&ctx.caps, 0)?;
-    for (field, expected) in [(CS_SEL, 0xffff), (EXCEPTIONS, 0xffff_ffff), (TSC_OFFSET, u64::MAX), (GUEST_RSP, u64::MAX)] {
+    for (field, expected) in
+        [(CS_SEL, 0xffff), (EXCEPTIONS, 0xffff_ffff), (TSC_OFFSET, u64::MAX), (GUEST_RSP, u64::MAX)]
+    {
         vm.set(field, u64::MAX)?;
         check!(format_args!("field {field:#x}"), vm.get(field)?, expected);
     }
@@ -674,7 +765,11 @@ fn persistence(ctx: &mut Ctx) -> Outcome {
     let expect = |when: &'static str| -> Outcome {
         for &field in ALWAYS {
             let defined = if (ES_AR..=TR_AR).contains(&field) { 0x1_f0ff } else { width_mask(field) };
-            check!(format_args!("field {field:#x} {when}"), vm.get(field)? & defined, pattern(field, 2) & defined);
+            check!(
+                format_args!("field {field:#x} {when}"),
+                vm.get(field)? & defined,
+                pattern(field, 2) & defined
+            );
         }
         Ok(())
     };
@@ -805,7 +900,11 @@ fn invept(ctx: &mut Ctx) -> Outcome {
         fails("INVEPT with a wrong EPTP", vmx::invept(1, eptp | 1 << 11), VmxError::Valid(28))?;
         fails("INVEPT with a wrong memory type", vmx::invept(1, eptp & !7 | 3), VmxError::Valid(28))?;
     }
-    fails("INVEPT of a page that is not present", vmx::invept_at(2, (5_u64 << 30) as *const u64), exception(PF, 0))
+    fails(
+        "INVEPT of a page that is not present",
+        vmx::invept_at(2, (5_u64 << 30) as *const u64),
+        exception(PF, 0),
+    )
 }
 
 fn invvpid(ctx: &mut Ctx) -> Outcome {
@@ -824,7 +923,11 @@ fn invvpid(ctx: &mut Ctx) -> Outcome {
         if !offered {
             continue;
         }
-        fails("INVVPID with bits 63:16 of the descriptor", vmx::invvpid(kind, 1 << 16 | 1, 0), VmxError::Valid(28))?;
+        fails(
+            "INVVPID with bits 63:16 of the descriptor",
+            vmx::invvpid(kind, 1 << 16 | 1, 0),
+            VmxError::Valid(28),
+        )?;
         if kind != 2 {
             fails("INVVPID of VPID 0", vmx::invvpid(kind, 0, 0), VmxError::Valid(28))?;
         }
@@ -832,7 +935,11 @@ fn invvpid(ctx: &mut Ctx) -> Outcome {
             fails("INVVPID of a non-canonical address", vmx::invvpid(0, 1, 1 << 47), VmxError::Valid(28))?;
         }
     }
-    fails("INVVPID of a page that is not present", vmx::invvpid_at(2, (5_u64 << 30) as *const u64), exception(PF, 0))
+    fails(
+        "INVVPID of a page that is not present",
+        vmx::invvpid_at(2, (5_u64 << 30) as *const u64),
+        exception(PF, 0),
+    )
 }
 
 /// Without the dual-monitor treatment, VMCALL in root operation is VMfail(1).

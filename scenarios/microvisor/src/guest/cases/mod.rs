@@ -24,7 +24,15 @@ pub(crate) use cases;
 
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    let groups = [boot::CASES, instructions::CASES, checks::CASES, events::CASES, ept::CASES, apic::CASES, state::CASES];
+    let groups = [
+        boot::CASES,
+        instructions::CASES,
+        checks::CASES,
+        events::CASES,
+        ept::CASES,
+        apic::CASES,
+        state::CASES,
+    ];
     for group in groups.into_iter().chain(exits::GROUPS) {
         group.iter().for_each(&mut *f);
     }

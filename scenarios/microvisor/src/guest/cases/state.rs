@@ -193,7 +193,7 @@ fn tsc_scaling(ctx: &mut Ctx) -> Outcome {
         vm.set(TSC_OFFSET, 1000)?;
         vm.set(TSC_MULTIPLIER, multiplier)?;
         // Rounding in two steps may differ by one.
-        reads_tsc(&mut vm, |t| ((u128::from(t) * u128::from(multiplier) >> 48) as u64).wrapping_add(1000))?;
+        reads_tsc(&mut vm, |t| (((u128::from(t) * u128::from(multiplier)) >> 48) as u64).wrapping_add(1000))?;
     }
     Ok(())
 }
@@ -218,7 +218,8 @@ fn shadowing(ctx: &Ctx, code: u64) -> Outcome<(Vm, u64, [u64; 2])> {
 }
 
 fn shadowing_read(ctx: &mut Ctx) -> Outcome {
-    let (mut vm, _, _) = shadowing(ctx, code!["vmread rax, rcx", "vmread rbx, rdx", "pushfq", "pop rsi", "vmcall"])?;
+    let (mut vm, _, _) =
+        shadowing(ctx, code!["vmread rax, rcx", "vmread rbx, rdx", "pushfq", "pop rsi", "vmcall"])?;
     vm.regs = Regs { rcx: GUEST_RIP.into(), rdx: TSC_OFFSET.into(), ..Regs::default() };
     vm.finish()?;
     check!("RIP of the shadow VMCS", vm.regs.rax, 0x1111);
@@ -240,7 +241,8 @@ fn shadowing_write(ctx: &mut Ctx) -> Outcome {
 }
 
 fn shadowing_bitmap(ctx: &mut Ctx) -> Outcome {
-    let (mut vm, _, [reads, writes]) = shadowing(ctx, code!["vmread rax, rcx", "vmwrite rcx, rax", "vmcall"])?;
+    let (mut vm, _, [reads, writes]) =
+        shadowing(ctx, code!["vmread rax, rcx", "vmwrite rcx, rax", "vmcall"])?;
     let bit = |page: u64| {
         let at = page + u64::from(GUEST_RIP >> 3);
         memory::write(at, 1_u8 << (GUEST_RIP & 7));

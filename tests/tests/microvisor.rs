@@ -1,0 +1,101 @@
+//! The microvisor's suite, run as L1: VMX instructions, entry checks, exits, events, EPT and APIC
+//! virtualization as a hypervisor sees them.
+
+use std::time::Duration;
+
+use tests::process::{Finished, Launch};
+
+/// Far more than the suite takes on a busy host.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Each check of VM entry that L0 registers has a case in the microvisor; without one this does
+/// not compile.
+const _: () = {
+    let mut i = 0;
+    while i < vmx_emu::checks::CHECKS.len() {
+        assert!(
+            has_case(vmx_emu::checks::CHECKS[i].name),
+            "a check of VM entry has no case in the microvisor"
+        );
+        i += 1;
+    }
+};
+
+const fn has_case(check: &str) -> bool {
+    let mut i = 0;
+    while i < microvisor::CHECKS.len() {
+        if same(microvisor::CHECKS[i].as_bytes(), check.as_bytes()) {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+fn run(options: &[&str], words: &str) -> Finished {
+    Launch::new(["run", "--memory", "64M", "--debug-exit", "--kernel", microvisor::IMAGE])
+        .args(options)
+        .args(&["--append", words])
+        .run(LIMIT)
+}
+
+/// The three numbers of the last line: passed, failed, skipped.
+fn counts(finished: &Finished) -> [usize; 3] {
+    let line = finished.output.lines().rfind(|l| l.contains(" passed, ")).unwrap_or_default();
+    let mut numbers = line.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok());
+    [(); 3].map(|()| numbers.next().unwrap_or(0))
+}
+
+/// Runs the whole suite; every case that is listed must have run, and none failed.
+fn suite(options: &[&str]) {
+    let listed = run(options, "list").output.lines().filter(|l| l.starts_with("case ")).count();
+    let finished = run(options, "verbose");
+    let [passed, failed, skipped] = counts(&finished);
+    let failures: Vec<_> = finished.output.lines().filter(|l| l.starts_with("FAIL")).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+    finished.expect_status(1);
+    assert_eq!(failed, 0);
+    assert_eq!(passed + skipped, listed, "{}", finished.output);
+    assert!(listed > 300, "{listed} cases");
+    // What may be missing is what L0 does not offer; the bulk may not.
+    assert!(skipped < 20, "{}", finished.output);
+}
+
+#[test]
+fn every_case_with_trapped_vmcs_accesses() {
+    suite(&["--vmcs-access", "trapped"]);
+}
+
+#[test]
+fn every_case_with_a_shadow_vmcs() {
+    suite(&["--vmcs-access", "shadow"]);
+}
+
+#[test]
+fn without_vmx_the_hypervisor_says_so() {
+    let finished = run(&["--vmx", "off"], "only=boot,instr");
+    finished.expect_status(1);
+    let [passed, failed, skipped] = counts(&finished);
+    assert!(passed >= 8 && failed == 0 && skipped > 40, "{}", finished.output);
+    assert!(finished.output.contains("CPUID does not show VMX"));
+}
+
+#[test]
+fn benchmarks_measure_every_kind_of_exit() {
+    let finished = run(&[], "bench rounds=200");
+    finished.expect_status(1);
+    for name in
+        ["cpuid_bare", "cpuid", "vmcall", "inl", "mov_dr", "wr_tsc_adjust", "ept_violation", "ept_fill_4k"]
+    {
+        let line = finished.output.lines().find(|l| l.split_whitespace().nth(1) == Some(name));
+        assert!(line.is_some_and(|l| l.starts_with("bench ")), "{name}: {}", finished.output);
+    }
+}
