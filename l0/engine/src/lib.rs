@@ -140,6 +140,17 @@ pub enum LinearFault {
     Exit(VmExit),
 }
 
+/// What CPUID gives for one leaf or subleaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuidEntry {
+    /// EAX before.
+    pub leaf: u32,
+    /// ECX before, for leaves that have subleaves.
+    pub subleaf: Option<u32>,
+    /// EAX, EBX, ECX and EDX after.
+    pub registers: [u32; 4],
+}
+
 /// One virtual CPU of an engine.
 pub trait Vcpu: Send {
     /// Runs the context of `vmcs` and `regs` from VM entry to VM exit. Guest state,
@@ -193,4 +204,18 @@ pub trait Vcpu: Send {
     /// Guest-physical translation for L0's own use (debuggers, reports): the linear
     /// address translated with the guest's current paging, without any side effect.
     fn translate(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs, linear: u64) -> Option<Gpa>;
+
+    /// What CPUID is to give, for engines that execute it without an exit. They keep the bits that reflect
+    /// guest state (OSXSAVE, the size of the XSAVE area …) up to date themselves.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the host does not take the table.
+    fn set_cpuid(&mut self, _entries: &[CpuidEntry]) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// Why the last VM entry failed, in words, where the engine knows more than the exit says.
+    fn failure(&self) -> Option<&str> {
+        None
+    }
 }

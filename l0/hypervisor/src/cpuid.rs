@@ -12,6 +12,7 @@
 //! warning in its log; with the bit and no leaf it uses neither those nor any
 //! paravirtualization.
 
+use engine::CpuidEntry;
 use x86_spec::reg::{cr4, xcr0};
 
 /// Family 6, model 8FH, stepping 8.
@@ -194,6 +195,25 @@ impl CpuidModel {
         } else {
             xcr0::X87 | xcr0::SSE
         }
+    }
+
+    /// The whole table for the processor with `apic_id`, for engines that execute CPUID without an exit.
+    pub fn entries(&self, apic_id: u32) -> Vec<CpuidEntry> {
+        let state = CpuidState { xcr0: xcr0::X87, apic_enabled: true, apic_id, ..CpuidState::default() };
+        let leaves = (0..=MAX_BASIC).chain(0x8000_0000..=MAX_EXTENDED);
+        leaves
+            .flat_map(|leaf| {
+                let subleaves: &[Option<u32>] = match leaf {
+                    4 | 7 | 0xb | 0xd | 0x1f => &[Some(0), Some(1), Some(2), Some(3), Some(4)],
+                    _ => &[None],
+                };
+                subleaves.iter().map(move |subleaf| (leaf, *subleaf))
+            })
+            .map(|(leaf, subleaf)| {
+                let registers = self.query(leaf, subleaf.unwrap_or(0), &state);
+                CpuidEntry { leaf, subleaf, registers }
+            })
+            .collect()
     }
 
     /// Executes CPUID.

@@ -141,6 +141,9 @@ fn unexpected<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 
 /// VM entry with VMCS01 failed (SDM Vol. 3C §27.8): L0 built a state that it must not.
 fn failed_entry<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
+    if let Some(why) = cpu.vcpu.failure() {
+        return Outcome::End(RunEnd::Internal(format!("the engine can't go on: {why}")));
+    }
     let g = &cpu.vmcs.guest;
     Outcome::End(RunEnd::Internal(format!(
         "VM entry with VMCS01 failed: {}, qualification {}; rip {:#x}, cr0 {:#x}, cr4 {:#x}, efer {:#x}, \
@@ -228,7 +231,8 @@ fn cr_access<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 fn io_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     let q = exit.qualification;
     cpu.devices_touched();
-    if q & io::STRING != 0 {
+    // Without a length it is the engine that has to finish the instruction.
+    if q & io::STRING != 0 || exit.instruction_length == 0 {
         return emulate(cpu);
     }
     let (port, size) = (io::port(q), io::size(q));

@@ -92,7 +92,10 @@ impl Vcpu for ScriptVcpu {
             Some(mut step) => step(vmcs, regs, &self.tsc),
             None => {
                 regs.gpr[0] = END;
-                VmExit::new(ExitReason::IoInstruction).qualified(io::qualification(0xf4, 1, 0))
+                VmExit {
+                    instruction_length: 2,
+                    ..VmExit::new(ExitReason::IoInstruction).qualified(io::qualification(0xf4, 1, 0))
+                }
             }
         };
         // VM exits clear the valid bit (SDM Vol. 3C §25.8.3).

@@ -92,7 +92,8 @@ impl<E: Engine> VcpuLoop<E> {
         let cr4 = vmcs01::offered_cr4(model.leaf1(), model.leaf7());
         let controls = vmcs01::controls(caps, vm.ept01().eptp(), vm.msr_bitmap(), cr4)?;
         let timer_shift = caps.preemption_timer_shift.into();
-        let vcpu = engine.create_vcpu()?;
+        let mut vcpu = engine.create_vcpu()?;
+        vcpu.set_cpuid(&model.entries(index as u32))?;
         vm.handle().set_kicker(index, vcpu.kicker());
         let mut vmcs = EngineVmcs { controls, ..EngineVmcs::default() };
         let mut regs = vmcs01::reset_registers(cpuid::SIGNATURE);
@@ -141,7 +142,7 @@ impl<E: Engine> VcpuLoop<E> {
         self.deadline = None;
     }
 
-    pub(crate) fn ns(&self, ticks: u64) -> u64 {
+    fn ns(&self, ticks: u64) -> u64 {
         devices::clock::mul_div(ticks, NS_PER_SEC, self.tsc_hz)
     }
 
@@ -177,7 +178,7 @@ impl<E: Engine> VcpuLoop<E> {
                 continue;
             }
             self.account_handling(reason.take(), &mut since);
-            let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+            let exit = self.enter();
             self.vm.handle().left(self.index);
             self.account_guest(&exit, &mut since);
             reason = Some(exit.reason);
@@ -196,6 +197,24 @@ impl<E: Engine> VcpuLoop<E> {
                 }
             }
         }
+    }
+
+    /// VM entry to VM exit. Where the engine lacks exits for CR8, the task priority goes from the local
+    /// APIC to the processor and back.
+    fn enter(&mut self) -> VmExit {
+        let exits = self.vmcs.controls.primary.contains(PrimaryControls::CR8_LOAD_EXITING);
+        if exits || self.in_l2() {
+            return self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+        }
+        let before = self.board().interrupts().with_lapic(self.index, |l| l.cr8()).unwrap_or(0);
+        self.regs.cr8 = before.into();
+        let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+        let after = (self.regs.cr8 & 15) as u8;
+        if after != before {
+            self.board().interrupts().with_lapic(self.index, |l| l.set_cr8(after));
+            self.devices_touched();
+        }
+        exit
     }
 
     /// Hands an exit to its owner.
@@ -293,8 +312,8 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Waits after HLT for an interrupt or a deadline.
     fn idle(&mut self, since: &mut u64) {
-        let devices = self.next_deadline().map(|d| d.saturating_sub(self.board().now_ns()));
-        let limit = [devices, self.l2_timer_ns()].into_iter().flatten().min().map(Duration::from_nanos);
+        let limit =
+            self.next_deadline().map(|d| Duration::from_nanos(d.saturating_sub(self.board().now_ns())));
         if limit.is_none_or(|l| !l.is_zero()) {
             self.vm.handle().wait(self.index, limit);
         }
@@ -310,10 +329,7 @@ impl<E: Engine> VcpuLoop<E> {
         let interrupts = self.board().interrupts();
         let nmi = g.interruptibility & interruptibility::NMI == 0
             && interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
-        let l2 = self.in_l2() && self.l2_wakes();
-        l2 || nmi
-            || self.event.is_some()
-            || g.rflags & rflags::IF != 0 && interrupts.has_interrupt(self.index)
+        nmi || self.event.is_some() || g.rflags & rflags::IF != 0 && interrupts.has_interrupt(self.index)
     }
 
     // ---- events -------------------------------------------------------------------------

@@ -44,8 +44,14 @@ pub const PIN: &[Need<PinbasedControls>] = &[
 pub const PRIMARY: &[Need<PrimaryControls>] = &[
     must(PrimaryControls::USE_TSC_OFFSETTING, "L1's TSC starts at 0 and can be written"),
     must(PrimaryControls::HLT_EXITING, "an idle L1 must give the host's processor back"),
-    must(PrimaryControls::CR8_LOAD_EXITING, "the task priority is the local APIC's"),
-    must(PrimaryControls::CR8_STORE_EXITING, "the task priority is the local APIC's"),
+    may(
+        PrimaryControls::CR8_LOAD_EXITING,
+        "the task priority is the local APIC's; without, it is carried over at entries and exits",
+    ),
+    may(
+        PrimaryControls::CR8_STORE_EXITING,
+        "the task priority is the local APIC's; without, it is carried over at entries and exits",
+    ),
     must(PrimaryControls::UNCOND_IO_EXITING, "all ports are devices of L0"),
     must(PrimaryControls::USE_MSR_BITMAPS, "MSRs that switch with the context need no exit"),
     must(PrimaryControls::SECONDARY_CONTROLS, "EPT and what else is below"),
@@ -58,7 +64,7 @@ pub const PRIMARY: &[Need<PrimaryControls>] = &[
 pub const SECONDARY: &[Need<SecondaryControls>] = &[
     must(SecondaryControls::ENABLE_EPT, "L1's memory is EPT01"),
     must(SecondaryControls::UNRESTRICTED_GUEST, "L1 uses real mode and protected mode without paging"),
-    must(SecondaryControls::ENABLE_VPID, "switches between L1 and L2 keep translations"),
+    may(SecondaryControls::ENABLE_VPID, "switches between L1 and L2 keep translations"),
     may(SecondaryControls::ENABLE_RDTSCP, "offered to L1 by CPUID"),
     may(SecondaryControls::ENABLE_INVPCID, "offered to L1 by CPUID"),
     may(SecondaryControls::ENABLE_XSAVES_XRSTORS, "offered to L1 by CPUID"),

@@ -210,7 +210,9 @@ pub struct DoctorArgs {
 pub enum EngineChoice {
     /// The software CPU.
     Soft,
-    /// Whichever is best here.
+    /// /dev/kvm; not for guests that are hypervisors.
+    Kvm,
+    /// Whichever is best here: the software CPU in this version.
     Auto,
 }
 

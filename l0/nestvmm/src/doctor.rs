@@ -75,11 +75,11 @@ pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let report = Report {
         kvm,
         cpu,
-        engines: vec![soft_report()],
+        engines: vec![soft_report(), kvm_engine_report()],
         chosen: Choice {
             engine: "soft",
-            why: "the software engine runs on every x86-64 host; this version has no engine that uses \
-                  /dev/kvm",
+            why: "the software engine runs on every x86-64 host, and guests that are hypervisors; --engine kvm \
+                  asks for /dev/kvm",
         },
     };
     if args.json {
@@ -201,7 +201,25 @@ fn kvm_report(cpu: &CpuReport) -> KvmReport {
             .into_iter()
             .map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) })
             .collect(),
-        speed: "not measured (this version has no engine that uses it)",
+        speed: "not measured",
+    }
+}
+
+fn kvm_engine_report() -> EngineReport {
+    let report =
+        |usable, detail| EngineReport { name: "kvm", usable, detail, instructions_per_second: None };
+    match engine_kvm::probe() {
+        Ok(p) => {
+            let limits = if p.kernel_code {
+                "runs guests that are not hypervisors".into()
+            } else {
+                "runs guests that are not hypervisors; KVM emulates their kernels' code, slowly, and lacks \
+                 instructions: CMPXCHG16B is not offered"
+                    .to_owned()
+            };
+            report(true, format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000))
+        }
+        Err(e) => report(false, e.to_string()),
     }
 }
 

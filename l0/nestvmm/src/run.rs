@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::Engine;
+use engine_kvm::KvmEngine;
 use engine_soft::SoftEngine;
 use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
@@ -15,7 +16,7 @@ use machine::{Pc, PcConfig, acpi, image};
 use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{ConsoleTarget, EntryPoint, OnCrash, OnOff, OnReset, RunArgs};
+use crate::cli::{ConsoleTarget, EngineChoice, EntryPoint, OnCrash, OnOff, OnReset, RunArgs};
 use crate::console::{Console, Output};
 use crate::crash;
 use crate::session::{Running, Session};
@@ -66,7 +67,10 @@ fn run_machines(
     session: &Arc<Session>,
 ) -> Result<End, Failure> {
     loop {
-        let end = boot_once(soft_engine, args, files, output, session)?;
+        let end = match args.engine {
+            EngineChoice::Kvm => boot_once(KvmEngine::new, args, files, output, session)?,
+            EngineChoice::Soft | EngineChoice::Auto => boot_once(soft_engine, args, files, output, session)?,
+        };
         match end {
             RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
             RunEnd::DebugExit(status) => return Ok(End::Status(status as u8)),

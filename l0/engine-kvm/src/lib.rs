@@ -1,0 +1,266 @@
+//! Direct execution through `/dev/kvm`, from userspace only.
+//!
+//! The same seam as the software engine: a context described by a VMCS runs until it exits. KVM is
+//! told what the VMCS says in its own terms: EPT01 becomes memory slots ([`slots`]), the MSR bitmap
+//! an MSR filter, the preemption timer a POSIX timer, a kick a signal ([`kick`]), an injected event
+//! KVM's vCPU events ([`state`]). There is no in-kernel interrupt controller: L0 has the local APIC.
+//!
+//! Which exits exist is in [`capabilities`]. Contexts that need others (every L2) can't run here.
+//! CPUID is answered by KVM from the table of [`engine::Vcpu::set_cpuid`].
+//!
+//! Not supported: x87, vector and XCR0 state is loaded by nobody and shown to nobody (KVM has it, from
+//! RESET on); debug registers and MSRs of the context are loaded when L0 changes them, but shown only
+//! after a triple fault; pending debug exceptions and activity states other than active; software
+//! events injected by L0 with an instruction length; debug exceptions of single steps over an instruction that
+//! L0 completes.
+
+mod capabilities;
+mod kick;
+mod probe;
+mod slots;
+mod state;
+mod vcpu;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use engine::{Engine, EngineError, InvalidateScope};
+use kvm_bindings::{
+    CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use memory::{MachineAddr, MachineMemory};
+use x86_spec::caps::VmxCapabilities;
+
+pub use probe::{Probe, probe};
+use slots::Slot;
+pub use vcpu::KvmVcpu;
+
+/// Where KVM may put three pages of its own (for real mode on processors without "unrestricted
+/// guest"): in the hole below 4 GiB, where no device is.
+const TSS_AT: usize = 0xfffb_d000;
+/// And one more, the page before.
+const IDENTITY_MAP_AT: u64 = 0xfffb_c000;
+
+/// Turns an error of a KVM call into ours.
+fn host(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> EngineError {
+    move |e| EngineError::Host { call, source: io::Error::from_raw_os_error(e.errno()) }
+}
+
+fn unsupported(reason: impl Into<String>) -> EngineError {
+    EngineError::Unsupported { engine: "kvm", reason: reason.into() }
+}
+
+/// What of the VMCS's structures in memory KVM has been told.
+#[derive(Debug, Default)]
+struct Realised {
+    eptp: Option<u64>,
+    slots: Vec<Slot>,
+    msr_bitmap: Option<MachineAddr>,
+}
+
+/// What the engine and its vCPUs share.
+struct Shared {
+    vm: VmFd,
+    memory: Arc<MachineMemory>,
+    realised: Mutex<Realised>,
+    /// How many vCPUs were made: the number of the next.
+    vcpus: Mutex<u64>,
+}
+
+impl Shared {
+    fn realised(&self) -> MutexGuard<'_, Realised> {
+        self.realised.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes KVM's memory slots and MSR filter those that a context with this EPT pointer and MSR
+    /// bitmap has. All vCPUs of a machine run with the same.
+    fn realise(&self, eptp: u64, msr_bitmap: MachineAddr) -> Result<(), EngineError> {
+        let mut r = self.realised();
+        if r.eptp != Some(eptp) {
+            let new = slots::slots(&self.memory, eptp)?;
+            if new != r.slots {
+                self.set_slots(&mut r.slots, &new)?;
+            }
+            r.eptp = Some(eptp);
+        }
+        if r.msr_bitmap != Some(msr_bitmap) {
+            self.set_msr_filter(msr_bitmap)?;
+            r.msr_bitmap = Some(msr_bitmap);
+        }
+        Ok(())
+    }
+
+    fn set_slots(&self, old: &mut Vec<Slot>, new: &[Slot]) -> Result<(), EngineError> {
+        while let Some(slot) = old.pop() {
+            // A slot of size 0 deletes.
+            self.set_slot(old.len(), &Slot { len: 0, ..slot })?;
+        }
+        for slot in new {
+            self.set_slot(old.len(), slot)?;
+            old.push(*slot);
+        }
+        Ok(())
+    }
+
+    fn set_slot(&self, number: usize, slot: &Slot) -> Result<(), EngineError> {
+        let at = self
+            .memory
+            .host_ptr(MachineAddr(slot.machine), slot.len as usize)
+            .map_err(|e| unsupported(e.to_string()))?;
+        let region = kvm_userspace_memory_region {
+            slot: number as u32,
+            flags: 0,
+            guest_phys_addr: slot.gpa,
+            memory_size: slot.len,
+            userspace_addr: at as u64,
+        };
+        // SAFETY: the range lies in machine memory, which `self` keeps mapped as long as the VM
+        // exists and which no Rust reference points into.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// The MSR bitmap (SDM Vol. 3C §25.6.9) as a filter: what exits there is not allowed here. MSRs
+    /// that no bitmap covers always exit.
+    fn set_msr_filter(&self, bitmap: MachineAddr) -> Result<(), EngineError> {
+        let mut allowed = [0u8; 4096];
+        self.memory.read(bitmap, &mut allowed).map_err(|e| unsupported(e.to_string()))?;
+        for byte in &mut allowed {
+            *byte = !*byte;
+        }
+        let (read, write) = (MsrFilterRangeFlags::READ, MsrFilterRangeFlags::WRITE);
+        let quarters = [(read, 0), (read, 0xc000_0000), (write, 0), (write, 0xc000_0000)];
+        let ranges: Vec<_> = allowed
+            .chunks_exact(1024)
+            .zip(quarters)
+            .map(|(bitmap, (flags, base))| MsrFilterRange { flags, base, msr_count: 8192, bitmap })
+            .collect();
+        self.vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).map_err(host("KVM_X86_SET_MSR_FILTER"))
+    }
+}
+
+/// The engine.
+pub struct KvmEngine {
+    shared: Arc<Shared>,
+    capabilities: VmxCapabilities,
+    cpuid: CpuId,
+    tsc_frequency: u64,
+}
+
+impl KvmEngine {
+    /// An engine over `memory`: opens `/dev/kvm` and makes a virtual machine.
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no `/dev/kvm`, it can't be opened, or lacks what is
+    /// needed; it says what.
+    pub fn new(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
+        let mut engine = Self::open(memory)?;
+        if !probe::runs_cmpxchg16b()? {
+            probe::withhold_cmpxchg16b(&mut engine.cpuid);
+        }
+        Ok(engine)
+    }
+
+    /// The engine with all features that KVM claims.
+    fn open(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
+        kick::install_handler()
+            .map_err(|source| EngineError::Host { call: "installing a signal handler", source })?;
+        let kvm = Kvm::new().map_err(host("opening /dev/kvm"))?;
+        let version = kvm.get_api_version();
+        if version != 12 {
+            return Err(unsupported(format!("/dev/kvm has API version {version}, not 12")));
+        }
+        let needed = [
+            (Cap::UserMemory, "memory slots (KVM_CAP_USER_MEMORY)"),
+            (Cap::ImmediateExit, "immediate_exit (KVM_CAP_IMMEDIATE_EXIT)"),
+            (Cap::VcpuEvents, "vCPU events (KVM_CAP_VCPU_EVENTS)"),
+            (Cap::X86UserSpaceMsr, "MSR exits (KVM_CAP_X86_USER_SPACE_MSR, Linux 5.10)"),
+            (Cap::X86MsrFilter, "MSR filters (KVM_CAP_X86_MSR_FILTER, Linux 5.10)"),
+        ];
+        for (cap, name) in needed {
+            if !kvm.check_extension(cap) {
+                return Err(unsupported(format!("/dev/kvm lacks {name}")));
+            }
+        }
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
+        let vm = kvm.create_vm().map_err(host("KVM_CREATE_VM"))?;
+        if kvm.check_extension(Cap::SetIdentityMapAddr) {
+            vm.set_identity_map_address(IDENTITY_MAP_AT).map_err(host("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        }
+        if kvm.check_extension(Cap::SetTssAddr) {
+            vm.set_tss_address(TSS_AT).map_err(host("KVM_SET_TSS_ADDR"))?;
+        }
+        // Unknown MSRs come too: those of the x2APIC are unknown to a KVM without a local APIC, and a
+        // filter does not apply to them.
+        let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN;
+        let mut enable = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+        enable.args[0] = reasons.into();
+        vm.enable_cap(&enable).map_err(host("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
+        let tsc_frequency = Self::host_tsc_frequency(&kvm)?;
+        Ok(Self {
+            shared: Arc::new(Shared { vm, memory, realised: Mutex::default(), vcpus: Mutex::new(0) }),
+            capabilities: capabilities::capabilities(),
+            cpuid,
+            tsc_frequency,
+        })
+    }
+
+    /// The frequency that KVM gives a new vCPU's TSC, which is the host's. Only a vCPU can be
+    /// asked: one in a virtual machine that exists just for this.
+    fn host_tsc_frequency(kvm: &Kvm) -> Result<u64, EngineError> {
+        let vm = kvm.create_vm().map_err(host("KVM_CREATE_VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
+        let khz = vcpu.get_tsc_khz().map_err(host("KVM_GET_TSC_KHZ"))?;
+        if khz == 0 {
+            return Err(unsupported("KVM does not know the TSC's frequency"));
+        }
+        Ok(u64::from(khz) * 1000)
+    }
+}
+
+impl Engine for KvmEngine {
+    type Vcpu = KvmVcpu;
+
+    fn capabilities(&self) -> &VmxCapabilities {
+        &self.capabilities
+    }
+
+    fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let entry = self.cpuid.as_slice().iter().find(|e| (e.function, e.index) == (leaf, subleaf));
+        let Some(e) = entry else { return [0; 4] };
+        let [a, b, c, d] = capabilities::feature_mask(leaf, subleaf);
+        [e.eax & a, e.ebx & b, e.ecx & c, e.edx & d]
+    }
+
+    fn tsc_frequency(&self) -> u64 {
+        self.tsc_frequency
+    }
+
+    fn tsc(&self) -> u64 {
+        host_tsc()
+    }
+
+    fn create_vcpu(&self) -> Result<KvmVcpu, EngineError> {
+        KvmVcpu::new(self.shared.clone(), self.tsc_frequency)
+    }
+
+    /// KVM keeps its own translations right, but is told of ranges, not of tables: they are read
+    /// again before the next entry.
+    fn invalidate(&self, scope: InvalidateScope) {
+        if matches!(scope, InvalidateScope::All | InvalidateScope::Eptp(_) | InvalidateScope::Machine { .. })
+        {
+            self.shared.realised().eptp = None;
+        }
+    }
+}
+
+/// The host's TSC, which KVM's guests see plus an offset.
+fn host_tsc() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 processor; Linux does not disable it for user mode.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! Tiny guests through [`engine::Vcpu`]. Where `/dev/kvm` can't be used they say so and end.
+
+use super::*;
+use engine::{EngineVmcs, ExitBus, GuestRegs, Vcpu, VmExit};
+use memory::Gpa;
+use x86_spec::controls::PrimaryControls;
+use x86_spec::ept;
+use x86_spec::exit::{ExitReason, io};
+use x86_spec::interruption::{EventType, InterruptionInfo};
+use x86_spec::reg::{gpr, rflags};
+use x86_spec::segment::seg;
+
+const TABLES: u64 = 2 << 20;
+const MSR_BITMAP: u64 = TABLES + 0x4000;
+const CODE: u64 = 0x1000;
+
+struct Rig {
+    vcpu: KvmVcpu,
+    vmcs: EngineVmcs,
+    regs: GuestRegs,
+    memory: Arc<MachineMemory>,
+    engine: KvmEngine,
+}
+
+/// 2 MiB at guest-physical 0, all MSRs exiting, `code` at 1000H in real mode. `None` with a reason printed
+/// where KVM can't be used.
+fn rig(code: &[u8]) -> Option<Rig> {
+    let memory = Arc::new(MachineMemory::new(3 << 20).unwrap());
+    let engine = match KvmEngine::open(memory.clone()) {
+        Ok(e) => e,
+        Err(e) => {
+            eprintln!("skipped: {e}");
+            return None;
+        }
+    };
+    let put = |at: u64, v: u64| memory.write_u64(MachineAddr(at), v).unwrap();
+    put(TABLES, (TABLES + 0x1000) | ept::RWX);
+    put(TABLES + 0x1000, (TABLES + 0x2000) | ept::RWX);
+    put(TABLES + 0x2000, ept::RWX | ept::LARGE | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT);
+    memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096).unwrap();
+    memory.write(MachineAddr(CODE), code).unwrap();
+    let mut vmcs = EngineVmcs::default();
+    vmcs.controls.eptp = ept::eptp(TABLES, false);
+    vmcs.controls.msr_bitmap = MachineAddr(MSR_BITMAP);
+    vmcs.guest.preemption_timer = u32::MAX;
+    let cs = &mut vmcs.guest.segments[seg::CS];
+    (cs.base, cs.selector) = (0, 0);
+    vmcs.guest.rip = CODE;
+    vmcs.guest.rsp = 0x800;
+    let vcpu = engine.create_vcpu().unwrap();
+    Some(Rig { vcpu, vmcs, regs: GuestRegs::reset(), memory, engine })
+}
+
+impl Rig {
+    fn enter(&mut self) -> VmExit {
+        let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+        assert!(!exit.entry_failure, "{:?}", self.vcpu.failure());
+        exit
+    }
+    fn emulate(&mut self, bus: &mut Bus) {
+        let exit = self.vcpu.emulate(&mut self.vmcs, &mut self.regs, bus);
+        assert_eq!(exit, None, "{:?}", self.vcpu.failure());
+    }
+    fn skip(&mut self, exit: &VmExit) {
+        self.vmcs.guest.rip += u64::from(exit.instruction_length);
+    }
+}
+
+/// Remembers what was written, answers reads with A5…H.
+#[derive(Default)]
+struct Bus(Vec<(u64, u8, u64)>);
+
+impl ExitBus for Bus {
+    fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
+        self.0.push((gpa.0, size, 0));
+        0xa5a5_a5a5_a5a5_a5a5
+    }
+    fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
+        self.0.push((gpa.0, size, value));
+    }
+    fn pio_read(&mut self, port: u16, size: u8) -> u32 {
+        self.0.push((port.into(), size, 0));
+        0xa5a5_a5a5
+    }
+    fn pio_write(&mut self, port: u16, size: u8, value: u32) {
+        self.0.push((port.into(), size, value.into()));
+    }
+}
+
+#[test]
+fn ports_are_answered_by_emulate_and_hlt_exits() {
+    // mov al, 42h; out 80h, al; in al, 71h; hlt
+    let Some(mut r) = rig(&[0xb0, 0x42, 0xe6, 0x80, 0xe4, 0x71, 0xf4]) else { return };
+    let mut bus = Bus::default();
+    let exit = r.enter();
+    assert_eq!(exit.reason, ExitReason::IoInstruction);
+    assert_eq!(exit.qualification, io::qualification(0x80, 1, 0));
+    assert_eq!(exit.instruction_length, 0, "L0 must not do it itself");
+    r.emulate(&mut bus);
+    let exit = r.enter();
+    assert_eq!(exit.qualification, io::qualification(0x71, 1, io::IN));
+    r.emulate(&mut bus);
+    assert_eq!(bus.0, [(0x80, 1, 0x42), (0x71, 1, 0)]);
+    assert_eq!(r.regs.gpr[gpr::RAX] & 0xff, 0xa5);
+    let exit = r.enter();
+    assert_eq!((exit.reason, exit.instruction_length), (ExitReason::Hlt, 1));
+    assert_eq!(r.vmcs.guest.rip, CODE + 6);
+}
+
+#[test]
+fn memory_that_no_slot_maps_is_answered_by_emulate() {
+    // mov ax, 0ffffh; mov ds, ax; mov bx, [0fff0h+…]: unmapped only above 2 MiB, so protected "unreal"
+    // addressing is set up through the hidden part of DS.
+    let Some(mut r) = rig(&[0x8b, 0x1e, 0x10, 0x00, 0x89, 0x1e, 0x20, 0x00, 0xf4]) else { return };
+    r.vmcs.guest.segments[seg::DS].base = 0x30_0000;
+    let mut bus = Bus::default();
+    let exit = r.enter();
+    assert_eq!((exit.reason, exit.guest_physical), (ExitReason::EptViolation, Gpa(0x30_0010)));
+    r.emulate(&mut bus);
+    assert_eq!(r.regs.gpr[gpr::RBX] & 0xffff, 0xa5a5);
+    let exit = r.enter();
+    assert_eq!((exit.reason, exit.guest_physical), (ExitReason::EptViolation, Gpa(0x30_0020)));
+    r.emulate(&mut bus);
+    assert_eq!(bus.0, [(0x30_0010, 2, 0), (0x30_0020, 2, 0xa5a5)]);
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+}
+
+#[test]
+fn msr_accesses_exit_with_their_length_and_l0_decides() {
+    // mov ecx, 6e0h; rdmsr; wrmsr; hlt
+    let Some(mut r) = rig(&[0x66, 0xb9, 0xe0, 0x06, 0, 0, 0x0f, 0x32, 0x0f, 0x30, 0xf4]) else { return };
+    r.regs.gpr[gpr::RAX] = 0x1234;
+    let exit = r.enter();
+    assert_eq!((exit.reason, exit.instruction_length), (ExitReason::Rdmsr, 2));
+    assert_eq!(r.vmcs.guest.rip, CODE + 6, "before the instruction");
+    assert_eq!((r.regs.gpr[gpr::RAX], r.regs.gpr[gpr::RCX]), (0x1234, 0x6e0));
+    (r.regs.gpr[gpr::RAX], r.regs.gpr[gpr::RDX]) = (7, 9);
+    r.skip(&exit);
+    let exit = r.enter();
+    assert_eq!(exit.reason, ExitReason::Wrmsr);
+    assert_eq!((r.regs.gpr[gpr::RAX], r.regs.gpr[gpr::RDX]), (7, 9));
+    r.skip(&exit);
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+}
+
+#[test]
+fn an_msr_that_l0_refuses_raises_gp_at_the_instruction() {
+    // rdmsr; at 1100H, the handler of #GP: hlt
+    let Some(mut r) = rig(&[0x0f, 0x32]) else { return };
+    r.memory.write(MachineAddr(13 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xf4]).unwrap();
+    r.regs.gpr[gpr::RCX] = 0x6e0;
+    assert_eq!(r.enter().reason, ExitReason::Rdmsr);
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(13, EventType::HardwareException, false);
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+    assert_eq!(r.vmcs.guest.rip, 0x1100);
+    let mut ip = [0; 2];
+    r.memory.read(MachineAddr(r.vmcs.guest.rsp), &mut ip).unwrap();
+    assert_eq!(u64::from(u16::from_le_bytes(ip)), CODE, "a fault: IP of the instruction");
+}
+
+#[test]
+fn interrupts_wait_for_their_window_and_are_delivered() {
+    // nop; sti; jmp $; vector 40H: hlt at 1100H
+    let Some(mut r) = rig(&[0x90, 0xfb, 0xeb, 0xfe]) else { return };
+    // Ends the test where no window would.
+    r.vmcs.guest.preemption_timer = 1 << 26;
+    r.memory.write(MachineAddr(0x40 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xf4]).unwrap();
+    r.vmcs.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+    let exit = r.enter();
+    assert_eq!(exit.reason, ExitReason::InterruptWindow);
+    assert_eq!(r.vmcs.guest.rip, CODE + 2);
+    assert_ne!(r.vmcs.guest.rflags & rflags::IF, 0);
+    r.vmcs.controls.primary -= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(0x40, EventType::External, false);
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+    assert_eq!(r.vmcs.guest.rip, 0x1100);
+    assert!(!r.vmcs.controls.entry_interruption.is_valid());
+}
+
+#[test]
+fn kicks_and_the_preemption_timer_end_an_endless_loop() {
+    // jmp $
+    let Some(mut r) = rig(&[0xeb, 0xfe]) else { return };
+    r.vmcs.guest.preemption_timer = 1000;
+    assert_eq!(r.enter().reason, ExitReason::PreemptionTimer);
+    r.vmcs.guest.preemption_timer = u32::MAX;
+    let kicker = r.vcpu.kicker();
+    kicker.kick();
+    kicker.kick();
+    assert_eq!(r.enter().reason, ExitReason::ExternalInterrupt, "a kick before the entry");
+    let thread = std::thread::spawn(move || kicker.kick());
+    // However the two threads run, this ends.
+    assert_eq!(r.enter().reason, ExitReason::ExternalInterrupt);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_triple_fault_exits() {
+    // ud2 in protected mode with an empty IDT
+    let Some(mut r) = rig(&[0x0f, 0x0b]) else { return };
+    r.vmcs.guest.cr0 |= x86_spec::reg::cr0::PE;
+    r.vmcs.guest.idtr.limit = 0;
+    assert_eq!(r.enter().reason, ExitReason::TripleFault);
+}
+
+#[test]
+fn cmpxchg16b_is_offered_where_it_runs() {
+    let Some(r) = rig(&[0xf4]) else { return };
+    let memory = Arc::new(MachineMemory::new(4096).unwrap());
+    let offered = KvmEngine::new(memory).unwrap().supported_features(1, 0)[2] & 1 << 13 != 0;
+    let claimed = r.engine.supported_features(1, 0)[2] & 1 << 13 != 0;
+    assert_eq!(offered, claimed && probe().unwrap().kernel_code);
+}

@@ -1,0 +1,751 @@
+//! One vCPU: from VM entry to VM exit by `KVM_RUN`.
+//!
+//! KVM finishes some instructions only when it is entered again: port and device-memory accesses, RDMSR
+//! and WRMSR. Accesses stay open until [`Vcpu::emulate`], which answers them; their exits have
+//! instruction length 0, as KVM does not tell it. MSR accesses are finished at once, with an outcome that
+//! changes nothing but RIP, and L0 is shown the state before the instruction together with the length that RIP
+//! moved by; whatever L0 then makes of it differs from KVM's state and is loaded at the next entry.
+
+use std::fmt;
+use std::sync::Arc;
+
+use engine::{
+    CpuidEntry, EngineError, EngineVmcs, ExitBus, GuestRegs, Kick, LinearFault, Vcpu, VmExit,
+    interruptibility,
+};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_msr_entry, kvm_run,
+};
+use kvm_ioctls::{Cap, SyncReg, VcpuFd};
+use memory::{Gpa, MachineAddr};
+use x86_spec::controls::PrimaryControls;
+use x86_spec::exit::{ExitReason, ept_violation, io};
+use x86_spec::interruption::InterruptionInfo;
+use x86_spec::msr;
+use x86_spec::reg::gpr;
+
+use crate::capabilities::PREEMPTION_TIMER_SHIFT;
+use crate::kick::{Armed, KickState, Timer, now_ns};
+use crate::state::KvmState;
+use crate::{Shared, host, host_tsc, unsupported};
+
+/// How often NMI blocking is looked at while an NMI waits, in nanoseconds: KVM has no NMI-window
+/// exit for userspace.
+const NMI_POLL_NS: u64 = 1_000_000;
+/// How many accesses one instruction may make in [`Vcpu::emulate`]. KVM splits long string
+/// instructions itself; this only bounds a KVM that does not.
+const MAX_ACCESSES: usize = 1 << 16;
+/// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`, which `kvm-ioctls` has for other processors only.
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+
+/// Why a run ended in a way that no VM exit describes.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("KVM_RUN failed: {0}")]
+    Run(std::io::Error),
+    #[error("KVM internal error {suberror} ({name}){bytes}")]
+    Internal { suberror: u32, name: &'static str, bytes: Bytes },
+    #[error("the processor refused KVM's VM entry: hardware reason {0:#x}")]
+    Entry(u64),
+    #[error("KVM exit {0}, which this engine does not know")]
+    Unknown(u32),
+    #[error("KVM did not finish an instruction: exit {0} where none was possible")]
+    Unfinished(u32),
+    #[error("KVM waits for the answer to an access that L0 left open")]
+    Open,
+}
+
+/// Instruction bytes of a failed emulation.
+#[derive(Debug)]
+struct Bytes(Vec<u8>);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.0.is_empty() {
+            write!(f, ", instruction bytes")?;
+        }
+        self.0.iter().try_for_each(|b| write!(f, " {b:02x}"))
+    }
+}
+
+/// An access that KVM waits for.
+#[derive(Clone, Copy, Debug)]
+enum Access {
+    Port { port: u16, size: u8, count: u32, read: bool, offset: u64 },
+    Memory { gpa: u64, len: u32, read: bool },
+}
+
+/// State that exits do not bring: what was loaded last.
+#[derive(Debug, PartialEq, Eq)]
+struct Loaded {
+    debug: [u64; 6],
+    msrs: [(u32, u64); 12],
+    tsc_offset: u64,
+}
+
+/// MSRs of the context.
+fn context_msrs(vmcs: &EngineVmcs, regs: &GuestRegs) -> [(u32, u64); 12] {
+    let (g, m) = (&vmcs.guest, &regs.msrs);
+    [
+        (msr::STAR, m.star),
+        (msr::LSTAR, m.lstar),
+        (msr::CSTAR, m.cstar),
+        (msr::FMASK, m.fmask),
+        (msr::KERNEL_GS_BASE, m.kernel_gs_base),
+        (msr::IA32_TSC_AUX_MSR, m.tsc_aux),
+        (msr::IA32_SPEC_CTRL, m.spec_ctrl),
+        (msr::IA32_SYSENTER_CS, g.sysenter_cs),
+        (msr::IA32_SYSENTER_ESP, g.sysenter_esp),
+        (msr::IA32_SYSENTER_EIP, g.sysenter_eip),
+        (msr::IA32_PAT, g.pat),
+        (msr::IA32_DEBUGCTL, g.debugctl),
+    ]
+}
+
+/// Shows one of them.
+fn show_msr(vmcs: &mut EngineVmcs, regs: &mut GuestRegs, index: u32, value: u64) {
+    let (g, m) = (&mut vmcs.guest, &mut regs.msrs);
+    let slot = match index {
+        msr::STAR => &mut m.star,
+        msr::LSTAR => &mut m.lstar,
+        msr::CSTAR => &mut m.cstar,
+        msr::FMASK => &mut m.fmask,
+        msr::KERNEL_GS_BASE => &mut m.kernel_gs_base,
+        msr::IA32_TSC_AUX_MSR => &mut m.tsc_aux,
+        msr::IA32_SPEC_CTRL => &mut m.spec_ctrl,
+        msr::IA32_SYSENTER_CS => &mut g.sysenter_cs,
+        msr::IA32_SYSENTER_ESP => &mut g.sysenter_esp,
+        msr::IA32_SYSENTER_EIP => &mut g.sysenter_eip,
+        msr::IA32_PAT => &mut g.pat,
+        msr::IA32_DEBUGCTL => &mut g.debugctl,
+        _ => return,
+    };
+    *slot = value;
+}
+
+/// A vCPU of the KVM engine.
+pub struct KvmVcpu {
+    fd: VcpuFd,
+    shared: Arc<Shared>,
+    tsc_frequency: u64,
+    /// Registers come with each exit in the run structure (`KVM_CAP_SYNC_REGS`).
+    sync: bool,
+    state: KvmState,
+    loaded: Option<Loaded>,
+    access: Option<Access>,
+    kick: Arc<KickState>,
+    timer: Option<Timer>,
+    /// In nanoseconds of CLOCK_MONOTONIC.
+    deadline: Option<u64>,
+    failure: Option<String>,
+}
+
+impl KvmVcpu {
+    pub(crate) fn new(shared: Arc<Shared>, tsc_frequency: u64) -> Result<Self, EngineError> {
+        let mut created = shared.vcpus.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut fd = shared.vm.create_vcpu(*created).map_err(host("KVM_CREATE_VCPU"))?;
+        *created += 1;
+        drop(created);
+        let fields = KVM_SYNC_X86_VALID_FIELDS as i32;
+        let sync = shared.vm.check_extension_int(Cap::SyncRegs) & fields == fields;
+        if sync {
+            for part in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                fd.set_sync_valid_reg(part);
+            }
+        }
+        let mut state = KvmState {
+            regs: fd.get_regs().map_err(host("KVM_GET_REGS"))?,
+            sregs: fd.get_sregs().map_err(host("KVM_GET_SREGS"))?,
+            events: fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?,
+        };
+        state.normalise();
+        Ok(Self {
+            fd,
+            shared,
+            tsc_frequency,
+            sync,
+            state,
+            loaded: None,
+            access: None,
+            kick: Arc::default(),
+            timer: None,
+            deadline: None,
+            failure: None,
+        })
+    }
+
+    /// Shows the guest all features of `cpuid`.
+    pub(crate) fn set_features(&mut self, cpuid: &CpuId) -> Result<(), EngineError> {
+        self.fd.set_cpuid2(cpuid).map_err(host("KVM_SET_CPUID2"))
+    }
+
+    fn run_structure(&mut self) -> &mut kvm_run {
+        self.fd.get_kvm_run()
+    }
+
+    // ---- state --------------------------------------------------------------------------
+
+    /// Takes the state that KVM has after a run.
+    fn fetch(&mut self) -> Result<(), EngineError> {
+        if self.sync {
+            let all = self.fd.sync_regs();
+            self.state = KvmState { regs: all.regs, sregs: all.sregs, events: all.events };
+        } else {
+            self.state.regs = self.fd.get_regs().map_err(host("KVM_GET_REGS"))?;
+            self.state.sregs = self.fd.get_sregs().map_err(host("KVM_GET_SREGS"))?;
+            self.state.events = self.fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?;
+        }
+        self.state.normalise();
+        Ok(())
+    }
+
+    /// Gives KVM what L0 changed.
+    fn load(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), EngineError> {
+        let dirty = self.state.take(vmcs, regs);
+        if self.sync {
+            if dirty.regs {
+                self.fd.sync_regs_mut().regs = self.state.regs;
+                self.fd.set_sync_dirty_reg(SyncReg::Register);
+            }
+            if dirty.sregs {
+                self.fd.sync_regs_mut().sregs = self.state.sregs;
+                self.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+            }
+            if dirty.events {
+                self.fd.sync_regs_mut().events = self.state.events;
+                self.fd.set_sync_dirty_reg(SyncReg::VcpuEvents);
+            }
+        } else {
+            if dirty.regs {
+                self.fd.set_regs(&self.state.regs).map_err(host("KVM_SET_REGS"))?;
+            }
+            if dirty.sregs {
+                self.fd.set_sregs(&self.state.sregs).map_err(host("KVM_SET_SREGS"))?;
+            }
+            if dirty.events {
+                self.fd.set_vcpu_events(&self.state.events).map_err(host("KVM_SET_VCPU_EVENTS"))?;
+            }
+        }
+        self.load_rest(vmcs, regs)
+    }
+
+    /// Debug registers, MSRs and the TSC offset, where they differ from what was loaded last.
+    fn load_rest(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), EngineError> {
+        let [d0, d1, d2, d3] = regs.dr;
+        let want = Loaded {
+            debug: [d0, d1, d2, d3, regs.dr6, vmcs.guest.dr7],
+            msrs: context_msrs(vmcs, regs),
+            tsc_offset: vmcs.controls.tsc_offset,
+        };
+        if self.loaded.as_ref() == Some(&want) {
+            return Ok(());
+        }
+        let old = self.loaded.take();
+        if old.as_ref().is_none_or(|o| o.debug != want.debug) {
+            let debug =
+                kvm_debugregs { db: regs.dr, dr6: regs.dr6, dr7: vmcs.guest.dr7, ..kvm_debugregs::default() };
+            self.fd.set_debug_regs(&debug).map_err(host("KVM_SET_DEBUGREGS"))?;
+        }
+        for (i, (index, value)) in want.msrs.iter().enumerate() {
+            if old.as_ref().is_none_or(|o| o.msrs[i].1 != *value) {
+                self.set_msr(*index, *value)?;
+            }
+        }
+        if old.as_ref().is_none_or(|o| o.tsc_offset != want.tsc_offset) {
+            self.set_tsc_offset(want.tsc_offset)?;
+        }
+        self.loaded = Some(want);
+        Ok(())
+    }
+
+    fn set_msr(&self, index: u32, data: u64) -> Result<(), EngineError> {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let list = Msrs::from_entries(&[entry]).map_err(|e| unsupported(format!("{e:?}")))?;
+        let set = self.fd.set_msrs(&list).map_err(host("KVM_SET_MSRS"))?;
+        // An MSR that this KVM lacks holds 0 as well as any. IA32_SPEC_CTRL only hints.
+        if set == 1 || data == 0 || index == msr::IA32_SPEC_CTRL {
+            Ok(())
+        } else {
+            Err(unsupported(format!("KVM refuses {data:#x} in MSR {index:#x}")))
+        }
+    }
+
+    fn set_tsc_offset(&self, offset: u64) -> Result<(), EngineError> {
+        let attribute = kvm_device_attr {
+            flags: 0,
+            group: KVM_VCPU_TSC_CTRL,
+            attr: KVM_VCPU_TSC_OFFSET.into(),
+            addr: std::ptr::from_ref(&offset) as u64,
+        };
+        // SAFETY: the descriptor is a vCPU's; the structure and the 64-bit value that it
+        // points to live for the call, which only reads them.
+        let result = unsafe {
+            libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&self.fd), KVM_SET_DEVICE_ATTR as _, &attribute)
+        };
+        if result == 0 {
+            return Ok(());
+        }
+        // Before Linux 5.16 KVM takes the value, and does with it what it thinks fit.
+        self.set_msr(msr::TSC, host_tsc().wrapping_add(offset))
+    }
+
+    /// Shows what exits do not bring, for a report.
+    fn show_rest(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<(), EngineError> {
+        let debug = self.fd.get_debug_regs().map_err(host("KVM_GET_DEBUGREGS"))?;
+        (regs.dr, regs.dr6, vmcs.guest.dr7) = (debug.db, debug.dr6, debug.dr7);
+        for (index, _) in context_msrs(vmcs, regs) {
+            let entry = kvm_msr_entry { index, ..Default::default() };
+            let mut list = Msrs::from_entries(&[entry]).map_err(|e| unsupported(format!("{e:?}")))?;
+            if self.fd.get_msrs(&mut list).map_err(host("KVM_GET_MSRS"))? == 1
+                && let Some(e) = list.as_slice().first()
+            {
+                show_msr(vmcs, regs, index, e.data);
+            }
+        }
+        // What is shown is what KVM has.
+        self.loaded = self.loaded.take().map(|l| Loaded {
+            debug: [debug.db[0], debug.db[1], debug.db[2], debug.db[3], debug.dr6, debug.dr7],
+            msrs: context_msrs(vmcs, regs),
+            ..l
+        });
+        Ok(())
+    }
+
+    // ---- running ------------------------------------------------------------------------
+
+    /// Arms the timer for the VMX-preemption timer's value.
+    fn set_timer(&mut self, vmcs: &EngineVmcs) -> Result<(), EngineError> {
+        let ticks = vmcs.guest.preemption_timer;
+        let now = now_ns();
+        let tsc = u128::from(ticks) << PREEMPTION_TIMER_SHIFT;
+        let ns = (tsc * 1_000_000_000).div_ceil(self.tsc_frequency.into()) as u64;
+        // The largest value is L0's "never".
+        let mut limit = (ticks != u32::MAX).then(|| now.saturating_add(ns));
+        self.deadline = limit;
+        if vmcs.controls.primary.contains(PrimaryControls::NMI_WINDOW_EXITING) {
+            let poll = now.saturating_add(NMI_POLL_NS);
+            limit = Some(limit.map_or(poll, |l| l.min(poll)));
+        }
+        let Some(limit) = limit else { return Ok(()) };
+        let timer = |source| EngineError::Host { call: "setting a timer", source };
+        if self.timer.as_ref().is_none_or(|t| !t.is_own()) {
+            self.timer = Some(Timer::new().map_err(timer)?);
+        }
+        match &mut self.timer {
+            Some(t) => t.set(now, limit).map_err(timer),
+            None => Ok(()),
+        }
+    }
+
+    /// `KVM_RUN`: KVM's exit reason, or `None` when a signal or `immediate_exit` ended it.
+    fn kvm_run(&mut self) -> Result<Option<u32>, Failure> {
+        match self.fd.run() {
+            Ok(_) => Ok(Some(self.run_structure().exit_reason)),
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
+            Err(e) => Err(Failure::Run(std::io::Error::from_raw_os_error(e.errno()))),
+        }
+    }
+
+    /// Has KVM finish what it began, without another guest instruction.
+    fn finish(&mut self) -> Result<Option<u32>, Failure> {
+        self.fd.set_kvm_immediate_exit(1);
+        let result = self.kvm_run();
+        self.fd.set_kvm_immediate_exit(0);
+        if result.is_ok() {
+            self.fetch()?;
+        }
+        result
+    }
+
+    /// Runs the guest. `None` is a kick or the timer.
+    fn run_guest(&mut self) -> Result<Option<u32>, Failure> {
+        self.fd.set_kvm_immediate_exit(0);
+        let flag = &raw mut self.run_structure().immediate_exit;
+        let kick = self.kick.clone();
+        // SAFETY: `flag` points into the run structure, mapped as long as `self.fd` lives, which
+        // is longer than `armed`.
+        let armed = unsafe { Armed::new(&kick, flag) };
+        if kick.is_requested() {
+            return Ok(None);
+        }
+        let result = self.kvm_run();
+        drop(armed);
+        self.fd.set_kvm_immediate_exit(0);
+        if result.is_ok() {
+            self.fetch()?;
+        }
+        result
+    }
+
+    fn try_enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+        if self.access.take().is_some() {
+            return Err(Failure::Open);
+        }
+        self.shared.realise(vmcs.controls.eptp, vmcs.controls.msr_bitmap)?;
+        self.load(vmcs, regs)?;
+        vmcs.controls.entry_interruption = InterruptionInfo::NONE;
+        self.set_timer(vmcs)?;
+        let window = vmcs.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING);
+        let run = self.run_structure();
+        run.request_interrupt_window = window.into();
+        run.cr8 = regs.cr8;
+        let reason = self.run_guest()?;
+        regs.cr8 = self.run_structure().cr8;
+        self.state.show(vmcs, regs);
+        let exit = match reason {
+            None => self.interrupted(vmcs),
+            Some(reason) => self.translate_exit(reason, vmcs, regs)?,
+        };
+        Ok(exit)
+    }
+
+    /// The exit for a run that a signal ended.
+    fn interrupted(&mut self, vmcs: &EngineVmcs) -> VmExit {
+        let nmi_window = vmcs.controls.primary.contains(PrimaryControls::NMI_WINDOW_EXITING);
+        let reason = if self.kick.take() {
+            ExitReason::ExternalInterrupt
+        } else if self.deadline.is_some_and(|d| d <= now_ns()) {
+            ExitReason::PreemptionTimer
+        } else if nmi_window && vmcs.guest.interruptibility & interruptibility::NMI == 0 {
+            ExitReason::NmiWindow
+        } else {
+            // The timer for an earlier deadline, or a signal for somebody else.
+            ExitReason::ExternalInterrupt
+        };
+        self.with_interrupted_event(VmExit::new(reason))
+    }
+
+    fn with_interrupted_event(&self, mut exit: VmExit) -> VmExit {
+        (exit.idt_vectoring, exit.idt_vectoring_error_code) = self.state.interrupted_event();
+        exit
+    }
+
+    /// KVM's exit as a VM exit.
+    fn translate_exit(
+        &mut self,
+        reason: u32,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+    ) -> Result<VmExit, Failure> {
+        if let Some(exit) = self.open_access(reason) {
+            return Ok(exit);
+        }
+        let run = self.run_structure();
+        Ok(match reason {
+            KVM_EXIT_HLT => {
+                // KVM has stepped over it; hardware exits before.
+                vmcs.guest.rip = vmcs.guest.rip.wrapping_sub(1);
+                VmExit { instruction_length: 1, ..VmExit::new(ExitReason::Hlt) }
+            }
+            KVM_EXIT_IRQ_WINDOW_OPEN => self.with_interrupted_event(VmExit::new(ExitReason::InterruptWindow)),
+            // The task priority fell: L0 looks at its local APIC again.
+            KVM_EXIT_SET_TPR => self.with_interrupted_event(VmExit::new(ExitReason::ExternalInterrupt)),
+            KVM_EXIT_X86_RDMSR => {
+                run.__bindgen_anon_1.msr.data = regs.gpr[gpr::RAX] & 0xffff_ffff | regs.gpr[gpr::RDX] << 32;
+                self.finish_msr(vmcs, ExitReason::Rdmsr)?
+            }
+            KVM_EXIT_X86_WRMSR => self.finish_msr(vmcs, ExitReason::Wrmsr)?,
+            KVM_EXIT_SHUTDOWN => {
+                self.show_rest(vmcs, regs)?;
+                VmExit::new(ExitReason::TripleFault)
+            }
+            KVM_EXIT_FAIL_ENTRY => {
+                // SAFETY: the exit reason says which member of the union KVM wrote.
+                let hardware = unsafe { run.__bindgen_anon_1.fail_entry.hardware_entry_failure_reason };
+                return Err(Failure::Entry(hardware));
+            }
+            KVM_EXIT_INTERNAL_ERROR => return Err(internal_error(run)),
+            other => return Err(Failure::Unknown(other)),
+        })
+    }
+
+    /// RDMSR or WRMSR: KVM steps over it, L0 decides what it does.
+    fn finish_msr(&mut self, vmcs: &EngineVmcs, reason: ExitReason) -> Result<VmExit, Failure> {
+        self.run_structure().__bindgen_anon_1.msr.error = 0;
+        if let Some(other) = self.finish()? {
+            return Err(Failure::Unfinished(other));
+        }
+        let length = self.state.regs.rip.wrapping_sub(vmcs.guest.rip);
+        Ok(VmExit { instruction_length: length as u32 & 15, ..VmExit::new(reason) })
+    }
+
+    /// If KVM waits for an access: keeps it for [`Vcpu::emulate`], and gives its VM exit.
+    fn open_access(&mut self, reason: u32) -> Option<VmExit> {
+        let run = self.run_structure();
+        match reason {
+            KVM_EXIT_IO => {
+                // SAFETY: the exit reason says which member of the union KVM wrote.
+                let p = unsafe { run.__bindgen_anon_1.io };
+                let read = u32::from(p.direction) == KVM_EXIT_IO_IN;
+                self.access = Some(Access::Port {
+                    port: p.port,
+                    size: p.size,
+                    count: p.count,
+                    read,
+                    offset: p.data_offset,
+                });
+                let flags = if read { io::IN } else { 0 };
+                let q = io::qualification(p.port, p.size.max(1), flags);
+                Some(VmExit::new(ExitReason::IoInstruction).qualified(q))
+            }
+            KVM_EXIT_MMIO => {
+                // SAFETY: as above.
+                let m = unsafe { run.__bindgen_anon_1.mmio };
+                let read = m.is_write == 0;
+                self.access = Some(Access::Memory { gpa: m.phys_addr, len: m.len.min(8), read });
+                let kind = if read { ept_violation::READ } else { ept_violation::WRITE };
+                let exit = VmExit::new(ExitReason::EptViolation).qualified(kind);
+                Some(VmExit { guest_physical: Gpa(m.phys_addr), ..exit })
+            }
+            _ => None,
+        }
+    }
+
+    /// Does what KVM waits for on `bus`.
+    fn answer(&mut self, access: Access, bus: &mut dyn ExitBus) {
+        match access {
+            Access::Port { port, size, count, read, offset } => {
+                let size = usize::from(size);
+                for i in 0..count as usize {
+                    let data = self.port_data(offset, i * size, size);
+                    if read {
+                        let value = bus.pio_read(port, size as u8).to_le_bytes();
+                        data.iter_mut().zip(value).for_each(|(d, v)| *d = v);
+                    } else {
+                        let mut value = [0; 4];
+                        value.iter_mut().zip(data.iter()).for_each(|(v, d)| *v = *d);
+                        bus.pio_write(port, size as u8, u32::from_le_bytes(value));
+                    }
+                }
+            }
+            Access::Memory { gpa, len, read } => {
+                let run = self.run_structure();
+                // SAFETY: KVM_EXIT_MMIO wrote this member, and nothing has run since.
+                let data = unsafe { &mut run.__bindgen_anon_1.mmio.data };
+                let len = (len as usize).min(data.len());
+                if read {
+                    mmio(gpa, &mut data[..len], |gpa, chunk| {
+                        let value = bus.mmio_read(gpa, chunk.len() as u8).to_le_bytes();
+                        chunk.iter_mut().zip(value).for_each(|(d, v)| *d = v);
+                    });
+                } else {
+                    mmio(gpa, &mut data[..len], |gpa, chunk| {
+                        let mut value = [0; 8];
+                        value.iter_mut().zip(chunk.iter()).for_each(|(v, d)| *v = *d);
+                        bus.mmio_write(gpa, chunk.len() as u8, u64::from_le_bytes(value));
+                    });
+                }
+            }
+        }
+    }
+
+    /// Bytes of a port access in the run structure's mapping.
+    fn port_data(&mut self, offset: u64, at: usize, size: usize) -> &mut [u8] {
+        let run: *mut kvm_run = self.run_structure();
+        // SAFETY: KVM says where in the mapping of the run structure the data are (`data_offset`) and
+        // that they are `size * count` bytes; `at` is below that. The mapping lives as long as
+        // `self`, which the result borrows.
+        unsafe { std::slice::from_raw_parts_mut(run.cast::<u8>().add(offset as usize + at), size) }
+    }
+
+    fn failed(&mut self, failure: &Failure, vmcs: &EngineVmcs) -> VmExit {
+        let g = &vmcs.guest;
+        let text = format!(
+            "{failure}; rip {:#x}, cs {:#x}, cr0 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}, rflags {:#x}",
+            g.rip,
+            g.segments[x86_spec::segment::seg::CS].selector,
+            g.cr0,
+            g.cr3,
+            g.cr4,
+            g.efer,
+            g.rflags
+        );
+        tracing::debug!("{text}");
+        self.failure = Some(text);
+        VmExit { entry_failure: true, ..VmExit::new(ExitReason::InvalidGuestState) }
+    }
+
+    fn try_emulate(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Result<Option<VmExit>, Failure> {
+        // Only an instruction that KVM began can be finished; L0 takes the exit for one that the engine
+        // can't do.
+        let Some(mut access) = self.access.take() else {
+            return Ok(Some(VmExit::new(ExitReason::EptViolation)));
+        };
+        for _ in 0..MAX_ACCESSES {
+            self.answer(access, bus);
+            let reason = self.finish()?;
+            self.state.show(vmcs, regs);
+            let Some(reason) = reason else {
+                // A fault of the instruction waits in KVM; L0 must not choose another event.
+                let (info, code) = self.state.interrupted_event();
+                vmcs.controls.entry_interruption = info;
+                vmcs.controls.entry_error_code = code;
+                return Ok(None);
+            };
+            if self.open_access(reason).is_none() {
+                return self.translate_exit(reason, vmcs, regs).map(Some);
+            }
+            let Some(next) = self.access.take() else { break };
+            access = next;
+        }
+        Err(Failure::Unfinished(KVM_EXIT_IO))
+    }
+
+    /// Physical address of `linear`, by KVM's walk of the guest's tables.
+    fn physical(&self, linear: u64) -> Option<Gpa> {
+        let t = self.fd.translate_gva(linear).ok()?;
+        (t.valid != 0).then_some(Gpa(t.physical_address))
+    }
+
+    /// Calls `f` for each piece of `len` bytes at `linear` that is in one page, with its machine
+    /// address.
+    fn pieces(
+        &self,
+        linear: u64,
+        len: usize,
+        mut f: impl FnMut(MachineAddr, std::ops::Range<usize>),
+    ) -> Result<(), LinearFault> {
+        let mut at = 0;
+        while at < len {
+            let address = linear.wrapping_add(at as u64);
+            let step = (4096 - (address & 4095) as usize).min(len - at);
+            let fault =
+                LinearFault::Exception { vector: x86_spec::exception::PF, error_code: Some(0), address };
+            let gpa = self.physical(address).ok_or(fault)?;
+            let realised = self.shared.realised();
+            let slot = realised.slots.iter().find(|s| gpa.0 >= s.gpa && gpa.0 - s.gpa < s.len);
+            let Some(slot) = slot else {
+                let exit = VmExit::new(ExitReason::EptViolation);
+                return Err(LinearFault::Exit(VmExit { guest_physical: gpa, ..exit }));
+            };
+            f(MachineAddr(slot.machine + (gpa.0 - slot.gpa)), at..at + step);
+            at += step;
+        }
+        Ok(())
+    }
+}
+
+/// Calls `f` for the parts of an access that have sizes which devices know: 8, 4, 2 or 1 bytes.
+fn mmio(mut gpa: u64, mut data: &mut [u8], mut f: impl FnMut(Gpa, &mut [u8])) {
+    while !data.is_empty() {
+        let size = 1 << data.len().min(8).ilog2();
+        let (part, rest) = data.split_at_mut(size);
+        f(Gpa(gpa), part);
+        gpa = gpa.wrapping_add(size as u64);
+        data = rest;
+    }
+}
+
+/// What KVM says about an internal error.
+fn internal_error(run: &mut kvm_run) -> Failure {
+    // SAFETY: the exit reason says which member of the union KVM wrote.
+    let e = unsafe { run.__bindgen_anon_1.internal };
+    let name = match e.suberror {
+        1 => "emulation failure",
+        2 => "simultaneous exceptions",
+        3 => "exit during event delivery",
+        4 => "unexpected exit reason",
+        _ => "unknown",
+    };
+    // Of an emulation failure: flags, with bit 0 for instruction bytes; then their number and
+    // they.
+    let mut bytes = Vec::new();
+    if e.suberror == 1 && e.ndata >= 4 && e.data[0] & 1 != 0 {
+        bytes.extend(e.data[1..4].iter().flat_map(|d| d.to_le_bytes()));
+        let n = usize::from(bytes[0]).min(15);
+        bytes.drain(..1);
+        bytes.truncate(n);
+    }
+    Failure::Internal { suberror: e.suberror, name, bytes: Bytes(bytes) }
+}
+
+impl Vcpu for KvmVcpu {
+    fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
+        match self.try_enter(vmcs, regs) {
+            Ok(exit) => exit,
+            Err(failure) => self.failed(&failure, vmcs),
+        }
+    }
+
+    fn emulate(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Option<VmExit> {
+        match self.try_emulate(vmcs, regs, bus) {
+            Ok(exit) => exit,
+            Err(failure) => Some(self.failed(&failure, vmcs)),
+        }
+    }
+
+    /// Without effects on accessed and dirty flags, which KVM's translation does not touch.
+    fn read_linear(
+        &mut self,
+        _: &mut EngineVmcs,
+        _: &mut GuestRegs,
+        linear: u64,
+        buf: &mut [u8],
+    ) -> Result<(), LinearFault> {
+        let memory = self.shared.memory.clone();
+        // A slot lies in machine memory, so the read can't fail.
+        self.pieces(linear, buf.len(), |at, range| drop(memory.read(at, &mut buf[range])))
+    }
+
+    /// As [`Self::read_linear`]; write protection is not looked at.
+    fn write_linear(
+        &mut self,
+        _: &mut EngineVmcs,
+        _: &mut GuestRegs,
+        linear: u64,
+        buf: &[u8],
+    ) -> Result<(), LinearFault> {
+        let memory = self.shared.memory.clone();
+        self.pieces(linear, buf.len(), |_, _| ())?;
+        self.pieces(linear, buf.len(), |at, range| drop(memory.write(at, &buf[range])))
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+
+    fn instructions(&self) -> u64 {
+        0
+    }
+
+    fn translate(&mut self, _: &EngineVmcs, _: &GuestRegs, linear: u64) -> Option<Gpa> {
+        self.physical(linear)
+    }
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|e| kvm_cpuid_entry2 {
+                function: e.leaf,
+                index: e.subleaf.unwrap_or(0),
+                flags: if e.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+                eax: e.registers[0],
+                ebx: e.registers[1],
+                ecx: e.registers[2],
+                edx: e.registers[3],
+                padding: [0; 3],
+            })
+            .collect();
+        let table = CpuId::from_entries(&entries).map_err(|e| unsupported(format!("{e:?}")))?;
+        self.fd.set_cpuid2(&table).map_err(host("KVM_SET_CPUID2"))
+    }
+
+    fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+}
