@@ -3,7 +3,7 @@
 //! While L2 runs, [`VcpuLoop::vmcs`] *is* VMCS02, and VMCS01 waits in [`Nested::vmcs01`]: so what L0
 //! does for L1 (devices, HLT, MSRs that L1 leaves to L2) works for L2 as it is.
 
-use engine::{Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
+use engine::{Activity, Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
 use ept_compress::{
     Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, L1Map, Leaf, Level, MemoryType, NoLog, Pml,
     Rights, RootKey, walk,
@@ -21,10 +21,10 @@ use vmx_emu::route::{self, Owner};
 use vmx_emu::view::ThreeWay;
 use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Outcome as Vmx, Vmcs12};
 use x86_spec::controls::{ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
-use x86_spec::exception;
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::reg::{efer, gpr, rflags};
+use x86_spec::{exception, msr};
 
 use super::l1::L1View;
 use super::msrs::MsrView;
@@ -416,10 +416,46 @@ impl<E: Engine> VcpuLoop<E> {
                 self.inject_exception(info.vector(), code);
                 Outcome::Resume
             }
+            ExitReason::Rdmsr if self.regs.gpr[gpr::RCX] as u32 == msr::TSC => {
+                let c = &self.vmcs.controls;
+                let view = TscView { offset: c.tsc_offset, multiplier: c.tsc_multiplier };
+                let tsc = view.read(self.vm().engine().tsc());
+                self.regs.gpr[gpr::RAX] = tsc & 0xffff_ffff;
+                self.regs.gpr[gpr::RDX] = tsc >> 32;
+                self.skip_instruction(exit);
+                Outcome::Resume
+            }
             ExitReason::Vmfunc => self.vm_function(exit),
             ExitReason::Vmread | ExitReason::Vmwrite => self.shadowed_vmcs_access(exit),
-            reason => (exits::route::<E>(reason).handler)(self, exit),
+            reason => {
+                let outcome = (exits::route::<E>(reason).handler)(self, exit);
+                self.after_l2_handler(exit, outcome)
+            }
         }
+    }
+
+    /// What L0's handlers of L1's exits leave to do when the exit was L2's.
+    fn after_l2_handler(&mut self, exit: &VmExit, outcome: Outcome) -> Outcome {
+        if let Outcome::Halt = outcome {
+            // The engine waits, so that an exit to L1 finds L2 in the HLT state.
+            self.vmcs.guest.activity = Activity::Hlt;
+            return Outcome::Resume;
+        }
+        let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current());
+        if !exit.idt_vectoring.is_valid()
+            && let Some(e) = self.event
+            && e.info.event_type() == EventType::HardwareException
+            && let Some(vmcs12) = vmcs12
+            && route::exception_exits(vmcs12, e.info.vector(), e.error_code)
+        {
+            // The exception that L0 raises is one that L1 intercepts.
+            self.event = None;
+            let mut reflected = VmExit::new(ExitReason::ExceptionOrNmi);
+            reflected.interruption_info = e.info;
+            reflected.interruption_error_code = e.error_code;
+            return self.reflect_exit(&reflected);
+        }
+        outcome
     }
 
     /// VMFUNC of L2 that L1 allows: EPTP switching (SDM Vol. 3C §26.5.6.3).
@@ -636,28 +672,6 @@ impl<E: Engine> VcpuLoop<E> {
         {
             merge::set_windows(&mut self.vmcs, vmcs12, windows);
         }
-    }
-
-    /// Whether something ends L2's HLT that L1 did not intercept: an interrupt that exits does so
-    /// whatever L2's RFLAGS.IF.
-    pub(crate) fn l2_wakes(&self) -> bool {
-        let interrupts = self.board().interrupts();
-        let exits = self
-            .nested
-            .as_ref()
-            .and_then(|n| n.state.current())
-            .is_some_and(|v| pin12(v, PinbasedControls::EXTERNAL_INTERRUPT_EXITING));
-        let expired =
-            self.nested.as_ref().and_then(|n| n.timer12).is_some_and(|t| t.expired(self.vm().engine().tsc()));
-        expired || exits && interrupts.has_interrupt(self.index)
-    }
-
-    /// Nanoseconds until L1's VMX-preemption timer expires, which wakes an L2 in HLT, rounded up.
-    pub(crate) fn l2_timer_ns(&self) -> Option<u64> {
-        let timer = self.nested.as_ref().filter(|n| n.state.in_guest())?.timer12?;
-        let n = self.nested.as_ref()?;
-        let ticks = u64::from(timer.remaining(self.vm().engine().tsc())) << n.rate;
-        Some(self.ns(ticks).saturating_add(1))
     }
 
     /// The TSC offset of the context that runs, after L1's TSC moved.
