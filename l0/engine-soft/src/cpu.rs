@@ -236,6 +236,8 @@ pub struct Shared {
     pub invalidate: AtomicBool,
     /// Where an inactive guest's thread waits for either.
     parking: Mutex<()>,
+    /// The vCPU is in [`Self::wait`].
+    waiting: AtomicBool,
     wake: Condvar,
 }
 
@@ -243,6 +245,11 @@ impl Shared {
     /// Makes the run loop look at what was just stored, also from an inactive guest's wait.
     pub fn notify(&self) {
         self.limit.store(0, Ordering::SeqCst);
+        // The waiter says that it waits before it looks for the last time, so one of the two sees the
+        // other; most often nobody waits, and a system call is spared.
+        if !self.waiting.load(Ordering::SeqCst) {
+            return;
+        }
         // With the lock held, the waiter has either not yet looked or waits.
         drop(self.parking.lock().unwrap_or_else(|e| e.into_inner()));
         self.wake.notify_all();
@@ -253,10 +260,12 @@ impl Shared {
         let idle =
             |(): &mut ()| !self.kicked.load(Ordering::SeqCst) && !self.invalidate.load(Ordering::SeqCst);
         let guard = self.parking.lock().unwrap_or_else(|e| e.into_inner());
+        self.waiting.store(true, Ordering::SeqCst);
         match timeout {
             Some(t) => drop(self.wake.wait_timeout_while(guard, t, idle)),
             None => drop(self.wake.wait_while(guard, idle)),
         }
+        self.waiting.store(false, Ordering::SeqCst);
     }
 }
 
