@@ -92,7 +92,8 @@ impl<E: Engine> VcpuLoop<E> {
         let cr4 = vmcs01::offered_cr4(model.leaf1(), model.leaf7());
         let controls = vmcs01::controls(caps, vm.ept01().eptp(), vm.msr_bitmap(), cr4)?;
         let timer_shift = caps.preemption_timer_shift.into();
-        let vcpu = engine.create_vcpu()?;
+        let mut vcpu = engine.create_vcpu()?;
+        vcpu.set_cpuid(&model.entries(index as u32))?;
         vm.handle().set_kicker(index, vcpu.kicker());
         let mut vmcs = EngineVmcs { controls, ..EngineVmcs::default() };
         let mut regs = vmcs01::reset_registers(cpuid::SIGNATURE);
@@ -177,7 +178,7 @@ impl<E: Engine> VcpuLoop<E> {
                 continue;
             }
             self.account_handling(reason.take(), &mut since);
-            let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+            let exit = self.enter();
             self.vm.handle().left(self.index);
             self.account_guest(&exit, &mut since);
             reason = Some(exit.reason);
@@ -196,6 +197,24 @@ impl<E: Engine> VcpuLoop<E> {
                 }
             }
         }
+    }
+
+    /// VM entry to VM exit. Where the engine lacks exits for CR8, the task priority goes from the local
+    /// APIC to the processor and back.
+    fn enter(&mut self) -> VmExit {
+        let exits = self.vmcs.controls.primary.contains(PrimaryControls::CR8_LOAD_EXITING);
+        if exits || self.in_l2() {
+            return self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+        }
+        let before = self.board().interrupts().with_lapic(self.index, |l| l.cr8()).unwrap_or(0);
+        self.regs.cr8 = before.into();
+        let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
+        let after = (self.regs.cr8 & 15) as u8;
+        if after != before {
+            self.board().interrupts().with_lapic(self.index, |l| l.set_cr8(after));
+            self.devices_touched();
+        }
+        exit
     }
 
     /// Hands an exit to its owner.
