@@ -55,11 +55,7 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
                     }
                     None => {}
                 }
-                if is_fault(&event) {
-                    cpu.rflags_other |= rflags::RF;
-                }
-                cpu.delivering = None;
-                return Err(cpu.exit(exit));
+                return Err(exit_for_event(cpu, exit, &event));
             }
             apply_payload(cpu, &event);
         }
@@ -72,14 +68,22 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
             return Ok(());
         };
         match cpu.reason {
-            Reason::Event(second) => match combine(&event, second) {
-                Some(next) => {
-                    original = Some(event);
-                    event = next;
-                    injected = false;
+            Reason::Event(second) => {
+                // An exception that exits neither makes a double fault nor a triple one (SDM
+                // Vol. 3C §26.2): hypervisors that shadow page tables fill them in this way.
+                if let Some(mut exit) = intercept(cpu, &second, instruction_length) {
+                    set_vectoring(cpu, &mut exit, &event, instruction_length);
+                    return Err(exit_for_event(cpu, exit, &second));
                 }
-                None => return Err(cpu.exit(VmExit::new(ExitReason::TripleFault))),
-            },
+                match combine(&event, second) {
+                    Some(next) => {
+                        original = Some(event);
+                        event = next;
+                        injected = false;
+                    }
+                    None => return Err(cpu.exit(VmExit::new(ExitReason::TripleFault))),
+                }
+            }
             Reason::Exit(mut exit) => {
                 set_vectoring(cpu, &mut exit, &event, instruction_length);
                 return Err(cpu.exit(exit));
@@ -88,6 +92,16 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
             Reason::Reexecute | Reason::None => return Err(stop),
         }
     }
+}
+
+/// The end of an event that causes `exit`: RF is saved as the event's handler would find it
+/// (SDM Vol. 3C §28.3.3).
+fn exit_for_event(cpu: &mut Cpu, exit: VmExit, e: &Event) -> Stop {
+    if is_fault(e) {
+        cpu.rflags_other |= rflags::RF;
+    }
+    cpu.delivering = None;
+    cpu.exit(exit)
 }
 
 /// Whether the event is a fault, which sets RF in the flags that it saves (SDM Vol. 3B

@@ -346,6 +346,30 @@ fn idt_vectoring() {
     assert_eq!(g.vmcs.guest.rip, CODE);
 }
 
+/// An exception that the bitmap has exit doesn't become a double or triple fault, whatever was
+/// being delivered (SDM Vol. 3C §26.2, "Triple fault"): how hypervisors with shadow page tables
+/// get to map the IDT and the handler's stack.
+#[test]
+fn exceptions_during_delivery_exit_before_they_combine() {
+    // (the injected event, its error code, what the bitmap has besides #PF)
+    let rows =
+        [(ex::PF, 3, 0), (ex::GP, 8, 0), (ex::DF, 0, 0), (ex::PF, 6, 1 << ex::DF), (ex::PF, 3, 1 << ex::PF)];
+    for (vector, code, others) in rows {
+        let injected = InterruptionInfo::new(vector, EventType::HardwareException, true);
+        let mut g = Guest::long(&[HLT]).with(gpr::RSP, NOT_PRESENT).patch(|g| {
+            g.vmcs.controls.exception_bitmap = 1 << ex::PF | others;
+            g.vmcs.controls.entry_interruption = injected;
+            g.vmcs.controls.entry_error_code = code;
+            g.regs.cr2 = 0x1234;
+        });
+        let e = g.expect(R::ExceptionOrNmi);
+        assert_eq!(e.interruption_info, InterruptionInfo::new(ex::PF, EventType::HardwareException, true));
+        assert_eq!((e.interruption_error_code, e.qualification), (pf::W, NOT_PRESENT - 8));
+        assert_eq!((e.idt_vectoring, e.idt_vectoring_error_code), (injected, code));
+        assert_eq!((g.vmcs.guest.rip, g.regs.cr2), (CODE, 0x1234));
+    }
+}
+
 /// Event injection of each type (SDM Vol. 3C §27.6.1).
 #[test]
 fn injection() {
