@@ -8,6 +8,7 @@ mod cases;
 mod cpu;
 mod ept;
 mod fields;
+mod legacy;
 mod memory;
 mod suite;
 mod trap;

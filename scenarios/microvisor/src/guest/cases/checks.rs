@@ -5,7 +5,8 @@ use crate::guest::fields::*;
 use crate::guest::suite::{Ctx, Outcome, check, fail, skip};
 use crate::guest::vm::{CODE32, DATA, Vm, code};
 use crate::guest::vmx::{Allowed, VmxError};
-use crate::guest::{cpu, memory, trap};
+use crate::guest::legacy::{Ended, enter_from_32_bit};
+use crate::guest::{cpu, memory};
 
 use Expect::*;
 use Op::*;
@@ -434,10 +435,28 @@ fn nmi_blocked_by_sti(ctx: &mut Ctx) -> Outcome {
     must_enter(ctx, &"no blocking", [&[Set(ENTRY_INFO, 0x8000_0202)], &[Set(GUEST_RFLAGS, 0x202)]])
 }
 
-/// VM entry from an L1 outside IA-32e mode.
-fn legacy_mode(_: &mut Ctx) -> Outcome {
-    let _ = trap::NONE;
-    skip("L1 outside IA-32e mode is not implemented")
+/// VM entry from an L1 outside IA-32e mode: 64-bit state is refused, and so is what a 32-bit host
+/// can't have; a 32-bit guest runs.
+fn legacy_mode(ctx: &mut Ctx) -> Outcome {
+    let code = || code!["vmcall", "2: jmp 2b"];
+    let cases: [(&str, &[Op]); 6] = [
+        ("64-bit host", &[Or(EXIT_CTL, exit::HOST_64 as u64)]),
+        ("IA-32e mode guest", &[Or(ENTRY_CTL, entry::IA32E as u64)]),
+        ("both", &[Or(EXIT_CTL, exit::HOST_64 as u64), Or(ENTRY_CTL, entry::IA32E as u64)]),
+        ("null SS", &[Set(HOST_SS, 0)]),
+        ("64-bit RIP", &[Or(HOST_RIP, 1 << 32)]),
+        ("PCIDE", &[Or(HOST_CR4, 1 << 17)]),
+    ];
+    for (what, ops) in cases {
+        match enter_from_32_bit(ctx, code(), |vm| apply(vm, ops))? {
+            Ended::Failed(8) => {}
+            got => fail!("{what}: expected VMfailValid(8), got {got:x?}"),
+        }
+    }
+    match enter_from_32_bit(ctx, code(), |_| Ok(()))? {
+        Ended::Exit(reason::VMCALL) => Ok(()),
+        got => fail!("32-bit host and guest: expected exit reason 18, got {got:x?}"),
+    }
 }
 
 macro_rules! body {

@@ -67,6 +67,8 @@ super::cases! { true;
     "event.blocking.sti_saved" "Vol. 3C 28.3.4" sti_saved;
     "event.activity.hlt_saved" "Vol. 3C 28.3.4" hlt_saved;
     "event.activity.shutdown" "Vol. 3C 27.7.2" shutdown;
+    "event.init" "Vol. 3C 26.2" init;
+    "event.init.blocked_in_root" "Vol. 3C 24.8" init_blocked;
 }
 
 fn bitmap_exit(ctx: &Ctx, code: u64, vector: u32, ops: &[Op]) -> Outcome<(Vm, crate::guest::vm::Exit)> {
@@ -838,5 +840,31 @@ fn shutdown(ctx: &mut Ctx) -> Outcome {
     vm.set(ACTIVITY, 2)?;
     vm.expect(reason::TIMER)?;
     check!("activity", vm.get(ACTIVITY)?, 2);
+    Ok(())
+}
+
+/// ICR: INIT, physical destination.
+const INIT: u64 = 0x4500;
+
+/// INIT exits from L2 whatever the controls.
+fn init(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["wrmsr", "2: jmp 2b"])?;
+    vm.need_primary(primary::MSR_BITMAPS)?;
+    vm.set(MSR_BITMAP, memory::page())?;
+    vm.regs.rcx = 0x830;
+    vm.regs.rax = INIT;
+    vm.regs.rdx = cpu::msr(0x802);
+    let e = vm.expect(reason::INIT)?;
+    check!("qualification", e.qualification, 0);
+    check!("interruption information", e.info >> 31, 0);
+    Ok(())
+}
+
+/// In VMX root operation INIT is blocked, and exits once L2 runs.
+fn init_blocked(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["2: jmp 2b"])?;
+    let _ = cpu::wrmsr(0x830, cpu::msr(0x802) << 32 | INIT);
+    let e = vm.expect(reason::INIT)?;
+    check!("RIP - code", e.rip - vm.code, 0);
     Ok(())
 }
