@@ -34,7 +34,15 @@ fn options(help: &str) -> BTreeSet<String> {
 #[test]
 fn the_user_guide_has_every_option() {
     let guide = fs::read_to_string(root().join("docs/user-guide.md")).expect("the user guide is there");
-    let commands: [&[&str]; 5] = [&[], &["run"], &["doctor"], &["image", "build"], &["image", "inspect"]];
+    let commands: [&[&str]; 7] = [
+        &[],
+        &["run"],
+        &["doctor"],
+        &["image", "build"],
+        &["image", "inspect"],
+        &["bench", "boot"],
+        &["bench", "mix"],
+    ];
     for command in commands {
         let finished = Launch::new(command.iter().copied()).arg("--help").run(LIMIT);
         finished.expect_status(0);
