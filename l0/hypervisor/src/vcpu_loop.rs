@@ -288,8 +288,12 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// INIT sends the bootstrap processor to the reset vector (SDM Vol. 3A §9.1), where there is no
-    /// firmware: the machine is reset.
+    /// firmware: the machine is reset. In VMX operation it waits: root operation blocks it (Vol. 3C
+    /// §24.8), L2 exits with it.
     fn take_init(&mut self) -> Option<RunEnd> {
+        if self.in_vmx_operation() {
+            return None;
+        }
         let init = self.board().interrupts().with_lapic(self.index, |l| {
             let init = l.init_or_sipi_pending() && l.take_init();
             // Not waiting for a SIPI: it is dropped (§9.4.4).

@@ -130,6 +130,11 @@ impl<E: Engine> VcpuLoop<E> {
         self.nested.as_ref().is_some_and(|n| n.state.in_guest())
     }
 
+    /// Whether L1 is in VMX operation, root or not.
+    pub(crate) fn in_vmx_operation(&self) -> bool {
+        self.nested.as_ref().is_some_and(|n| n.state.in_vmx_operation())
+    }
+
     // ---- invalidation -------------------------------------------------------------------------
 
     fn apply_flush(&self, flush: Flush) {
@@ -584,7 +589,9 @@ impl<E: Engine> VcpuLoop<E> {
         let injecting = self.vmcs.controls.entry_interruption.is_valid();
         let vm = self.vm().clone();
         let interrupts = vm.board().interrupts();
-        let nmi = interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        let (nmi, init) = interrupts
+            .with_lapic(self.index, |l| (l.nmi_pending(), l.init_or_sipi_pending()))
+            .unwrap_or_default();
         self.process_posted_interrupts();
         let interrupt = interrupts.has_interrupt(self.index);
         let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current())?;
@@ -594,6 +601,12 @@ impl<E: Engine> VcpuLoop<E> {
             .contains(ExitControls::ACK_INTERRUPT_ON_EXIT);
         // The event that the entry injects comes first; the exit is then due at once (§27.7).
         let mut at_once = false;
+        if init
+            && !injecting
+            && let Some(exit) = self.init_or_sipi_exit()
+        {
+            return Some(exit);
+        }
         if nmi && nmi_exits {
             if !injecting {
                 interrupts.with_lapic(self.index, |l| l.take_nmi());
@@ -620,6 +633,21 @@ impl<E: Engine> VcpuLoop<E> {
             merge::set_timer(&mut self.vmcs, Some(deadline), timer12);
         }
         None
+    }
+
+    /// The exit that a waiting INIT or SIPI causes: L2 that waits for a SIPI takes that alone, any
+    /// other L2 INIT alone (SDM Vol. 3C §26.2).
+    fn init_or_sipi_exit(&self) -> Option<VmExit> {
+        let waiting = self.vmcs.guest.activity == Activity::WaitForSipi;
+        let exit = self.board().interrupts().with_lapic(self.index, |l| {
+            let sipi = l.take_sipi();
+            if waiting {
+                sipi.map(|page| VmExit::new(ExitReason::Sipi).qualified(page.into()))
+            } else {
+                l.take_init().then(|| VmExit::new(ExitReason::Init))
+            }
+        });
+        exit.flatten()
     }
 
     /// The notification vector of L1's posted interrupts reaches L2 without an exit to L1 (SDM
