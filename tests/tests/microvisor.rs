@@ -41,10 +41,19 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
 }
 
 fn run(options: &[&str], words: &str) -> Finished {
-    Launch::new(["run", "--memory", "64M", "--debug-exit", "--kernel", microvisor::IMAGE])
-        .args(options)
-        .args(&["--append", words])
-        .run(LIMIT)
+    Launch::new([
+        "run",
+        "--memory",
+        "64M",
+        "--debug-exit",
+        "--on-reset",
+        "exit",
+        "--kernel",
+        microvisor::IMAGE,
+    ])
+    .args(options)
+    .args(&["--append", words])
+    .run(LIMIT)
 }
 
 /// The three numbers of the last line: passed, failed, skipped.

@@ -2,10 +2,10 @@
 //! each case breaks one rule and sees how the entry fails, then stays just within it.
 
 use crate::guest::fields::*;
+use crate::guest::legacy::{Ended, enter_from_32_bit};
 use crate::guest::suite::{Ctx, Outcome, check, fail, skip};
 use crate::guest::vm::{CODE32, DATA, Vm, code};
 use crate::guest::vmx::{Allowed, VmxError};
-use crate::guest::legacy::{Ended, enter_from_32_bit};
 use crate::guest::{cpu, memory};
 
 use Expect::*;
