@@ -107,6 +107,18 @@ fn context_msrs(vmcs: &EngineVmcs, regs: &GuestRegs) -> [(u32, u64); 12] {
     ]
 }
 
+/// What KVM can't deliver is not shown. On Intel processors KVM (Linux 6.1 and others) answers WRMSR of
+/// IA32_TSC_DEADLINE in a fast path, before its MSR filter, for a local APIC that it does not have: the
+/// timer would never expire. Guests use the APIC timer's count instead.
+fn with_kvm_limits(mut entry: CpuidEntry) -> CpuidEntry {
+    /// 01H:ECX bit 24 (SDM Vol. 2A, CPUID).
+    const TSC_DEADLINE: u32 = 1 << 24;
+    if entry.leaf == 1 {
+        entry.registers[2] &= !TSC_DEADLINE;
+    }
+    entry
+}
+
 /// Shows one of them.
 fn show_msr(vmcs: &mut EngineVmcs, regs: &mut GuestRegs, index: u32, value: u64) {
     let (g, m) = (&mut vmcs.guest, &mut regs.msrs);
@@ -730,6 +742,7 @@ impl Vcpu for KvmVcpu {
     fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
         let entries: Vec<_> = entries
             .iter()
+            .map(|e| with_kvm_limits(*e))
             .map(|e| kvm_cpuid_entry2 {
                 function: e.leaf,
                 index: e.subleaf.unwrap_or(0),
@@ -747,5 +760,25 @@ impl Vcpu for KvmVcpu {
 
     fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_that_would_never_expire_is_not_shown() {
+        // SDM Vol. 2A, CPUID: 01H:ECX bit 24.
+        let all = |leaf| CpuidEntry { leaf, subleaf: None, registers: [u32::MAX; 4] };
+        assert_eq!(with_kvm_limits(all(1)).registers, [u32::MAX, u32::MAX, !(1 << 24), u32::MAX]);
+        assert_eq!(with_kvm_limits(all(6)), all(6));
+    }
+
+    #[test]
+    fn odd_accesses_are_split_into_sizes_that_devices_know() {
+        let mut parts = Vec::new();
+        mmio(0x1000, &mut [1, 2, 3, 4, 5, 6, 7], |gpa, part| parts.push((gpa.0, part.to_vec())));
+        assert_eq!(parts, [(0x1000, vec![1, 2, 3, 4]), (0x1004, vec![5, 6]), (0x1006, vec![7])]);
     }
 }

@@ -354,6 +354,17 @@ mod tests {
     const ON: CpuidState = CpuidState { cr4: 0, xcr0: 1, xss: 0, apic_enabled: true, apic_id: 0 };
 
     #[test]
+    fn the_table_has_what_cpuid_gives() {
+        let m = greedy();
+        let table = m.entries(0);
+        for e in &table {
+            assert_eq!(e.registers, m.query(e.leaf, e.subleaf.unwrap_or(0), &ON), "{:#x}", e.leaf);
+        }
+        let has = |leaf, subleaf| table.iter().any(|e| (e.leaf, e.subleaf) == (leaf, subleaf));
+        assert!(has(0, None) && has(7, Some(2)) && has(0xd, Some(1)) && has(MAX_EXTENDED, None));
+    }
+
+    #[test]
     fn vendor_string_is_in_ebx_edx_ecx() {
         let [max, b, c, d] = bare().query(0, 0, &ON);
         let text: Vec<u8> = [b, d, c].iter().flat_map(|r| r.to_le_bytes()).collect();

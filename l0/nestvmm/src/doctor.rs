@@ -206,15 +206,14 @@ fn kvm_report(cpu: &CpuReport) -> KvmReport {
 }
 
 fn kvm_engine_report() -> EngineReport {
-    let report =
-        |usable, detail| EngineReport { name: "kvm", usable, detail, instructions_per_second: None };
+    let report = |usable, detail| EngineReport { name: "kvm", usable, detail, instructions_per_second: None };
     match engine_kvm::probe() {
         Ok(p) => {
             let limits = if p.kernel_code {
                 "runs guests that are not hypervisors".into()
             } else {
-                "runs guests that are not hypervisors; KVM emulates their kernels' code, slowly, and lacks \
-                 instructions: CMPXCHG16B is not offered"
+                "KVM emulates guests' kernel code, slowly and not completely: stock kernels end in an \
+                 emulation failure"
                     .to_owned()
             };
             report(true, format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000))
