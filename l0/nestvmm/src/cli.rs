@@ -170,10 +170,9 @@ pub struct RunArgs {
     /// socket that is listened on) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub console: ConsoleTarget,
-    /// Say at the end why VM entries of the guest failed: every check, with field values and what
-    /// would satisfy it
-    #[arg(long, value_enum, default_value_t = OnOff::On)]
-    pub explain_entries: OnOff,
+    /// Say at the end why VM entries of the guest failed
+    #[arg(long, value_enum, default_value_t = Explain::On)]
+    pub explain_entries: Explain,
     /// Print exit statistics at the end and on SIGUSR1
     #[arg(long)]
     pub exit_stats: bool,
@@ -222,6 +221,17 @@ pub enum OnOff {
     /// On.
     On,
     /// Off.
+    Off,
+}
+
+/// `--explain-entries`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Explain {
+    /// Every check that failed, with field values and what would satisfy it.
+    On,
+    /// That, and VMCS01, VMCS12 and VMCS02 side by side, with the origin of each control bit.
+    View,
+    /// Nothing.
     Off,
 }
 

@@ -16,7 +16,7 @@ use machine::{Pc, PcConfig, acpi, image};
 use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{ConsoleTarget, EngineChoice, EntryPoint, OnCrash, OnOff, OnReset, RunArgs};
+use crate::cli::{ConsoleTarget, EngineChoice, EntryPoint, Explain, OnCrash, OnOff, OnReset, RunArgs};
 use crate::console::{Console, Output};
 use crate::crash;
 use crate::session::{Running, Session};
@@ -163,8 +163,8 @@ fn boot_once<E: Engine + 'static>(
     if let Some(stopped) = session.clear_running() {
         // However the run ended: what the guest printed last is what one wants to see.
         stopped.pc.flush_console();
-        if args.explain_entries == OnOff::On {
-            explain_entries(&stopped.handle.failed_entries());
+        if args.explain_entries != Explain::Off {
+            explain_entries(&stopped.handle.failed_entries(), args.explain_entries);
         }
         if args.exit_stats {
             stopped.print_stats();
@@ -174,14 +174,15 @@ fn boot_once<E: Engine + 'static>(
 }
 
 /// Says why VM entries of the guest failed, if any did.
-fn explain_entries(failed: &hypervisor::FailedEntries) {
+fn explain_entries(failed: &hypervisor::FailedEntries, how: Explain) {
     if failed.count == 0 {
         return;
     }
     let shown = failed.last.len();
     // The terminal may still be raw.
     eprint!("\r\n{} VM entries of the guest failed; the last {shown}:\r\n", failed.count);
-    for text in &failed.last {
+    let view = (how == Explain::View).then_some(&failed.view);
+    for text in failed.last.iter().chain(view) {
         eprint!("{}\r\n", text.replace('\n', "\r\n"));
     }
 }
