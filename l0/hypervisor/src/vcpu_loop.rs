@@ -552,8 +552,11 @@ mod tests {
     #[test]
     fn hlt_waits_until_another_thread_brings_an_nmi() {
         let mut rig = Rig::new();
-        rig.then(|v, _, _| {
+        let (halts, halted) = std::sync::mpsc::channel();
+        rig.then(move |v, _, _| {
             assert_eq!(v.guest.rip, 0xfff0);
+            // Not before: an NMI that came earlier would have been delivered at this entry.
+            halts.send(()).unwrap();
             VmExit { instruction_length: 1, ..VmExit::new(ExitReason::Hlt) }
         })
         .then(|v, _, _| {
@@ -562,7 +565,10 @@ mod tests {
             CPUID
         });
         let pc = rig.pc.clone();
-        let button = std::thread::spawn(move || pc.press_nmi_button());
+        let button = std::thread::spawn(move || {
+            halted.recv().unwrap();
+            pc.press_nmi_button();
+        });
         rig.play();
         button.join().unwrap();
     }
