@@ -199,7 +199,7 @@ impl Ept02 {
     ///
     /// # Errors
     /// [`Fault`] when there is nothing to map, and who has to act. EPT02 is unchanged then.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "both levels' tables and formats are the caller's")]
     pub fn fill<M, P>(
         &mut self,
         key: RootKey,

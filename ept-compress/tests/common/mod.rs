@@ -1,6 +1,6 @@
 //! A small machine with EPT12 and EPT01 that tests fill, and a walker that shares nothing
 //! with the crate's own.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::cell::Cell;
 use std::sync::Arc;

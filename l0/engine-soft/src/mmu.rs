@@ -25,10 +25,7 @@ use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::reg::{cr0, cr4, efer};
 use x86_spec::segment::seg;
 
-use crate::cpu::{
-    Access, CodeSize, Cpu, Exec, PRIV_SUPERVISOR, PRIV_SUPERVISOR_AC, PRIV_USER, PRIV_USER_ALIGN, Reason,
-    Stop,
-};
+use crate::cpu::{Access, CodeSize, Cpu, Exec, PRIV_SUPERVISOR, PRIV_USER, PRIV_USER_ALIGN, Reason, Stop};
 
 /// Physical-address width that this processor has (CPUID 80000008H EAX 7:0).
 pub const MAXPHYADDR: u32 = 46;
@@ -1036,7 +1033,7 @@ impl Cpu {
         loop {
             let shift = 12 + 9 * level;
             let at = table + (linear >> shift & 511) * 8;
-            let entry = self.read_paging_entry(how, linear, at, 8)?;
+            let entry = self.read_paging_entry(linear, at, 8)?;
             path[level as usize] = (at, entry);
             if entry & pte::P == 0 {
                 return Err(self.paging_fault(how, linear, 0));
@@ -1089,7 +1086,7 @@ impl Cpu {
             for l in (level..=top).rev() {
                 let (at, entry) = path[l as usize];
                 let want = pte::A | if l == level && write { pte::D } else { 0 };
-                if entry & want != want && !self.set_paging_bits(how, linear, at, entry, want, 8)? {
+                if entry & want != want && !self.set_paging_bits(linear, at, entry, want, 8)? {
                     return Ok(None);
                 }
             }
@@ -1104,7 +1101,7 @@ impl Cpu {
     /// 32-bit paging (SDM Vol. 3A §4.3) with 4 MiB pages and PSE-36.
     fn walk_32(&mut self, how: How, linear: u64) -> Exec<Option<(u64, u16)>> {
         let pde_at = (self.cr3 & 0xffff_f000) + (linear >> 22 & 1023) * 4;
-        let pde = self.read_paging_entry(how, linear, pde_at, 4)?;
+        let pde = self.read_paging_entry(linear, pde_at, 4)?;
         if pde & pte::P == 0 {
             return Err(self.paging_fault(how, linear, 0));
         }
@@ -1128,7 +1125,7 @@ impl Cpu {
             (pde_at, pde)
         } else {
             let at = (pde & 0xffff_f000) + (linear >> 12 & 1023) * 4;
-            let e = self.read_paging_entry(how, linear, at, 4)?;
+            let e = self.read_paging_entry(linear, at, 4)?;
             if e & pte::P == 0 {
                 return Err(self.paging_fault(how, linear, 0));
             }
@@ -1142,11 +1139,11 @@ impl Cpu {
             return Err(self.paging_fault(how, linear, pf::P));
         }
         let write = how.access == Access::Write;
-        if !large && pde & pte::A == 0 && !self.set_paging_bits(how, linear, pde_at, pde, pte::A, 4)? {
+        if !large && pde & pte::A == 0 && !self.set_paging_bits(linear, pde_at, pde, pte::A, 4)? {
             return Ok(None);
         }
         let want = pte::A | if write { pte::D } else { 0 };
-        if leaf & want != want && !self.set_paging_bits(how, linear, leaf_at, leaf, want, 4)? {
+        if leaf & want != want && !self.set_paging_bits(linear, leaf_at, leaf, want, 4)? {
             return Ok(None);
         }
         if leaf & pte::D != 0 || write {
@@ -1239,11 +1236,11 @@ impl Cpu {
     }
 
     /// Reads a guest paging-structure entry of `size` bytes at guest-physical `gpa`.
-    fn read_paging_entry(&mut self, how: How, linear: u64, gpa: u64, size: u64) -> Exec<u64> {
+    fn read_paging_entry(&mut self, linear: u64, gpa: u64, size: u64) -> Exec<u64> {
         // With EPT accessed and dirty flags these reads count as writes (SDM Vol. 3C §29.3.3.2).
         let ad = self.ept_on() && self.mmu.current.eptp & ept::EPTP_AD != 0;
         let access = if ad { ept::R | ept::W } else { ept::R };
-        let machine = self.paging_entry_address(how, linear, gpa, access)?;
+        let machine = self.paging_entry_address(linear, gpa, access)?;
         let p = self.mmu.host(machine);
         // SAFETY: `paging_entry_address` returned an address inside machine memory, aligned as
         // tables are; other threads access it only atomically or by raw copies.
@@ -1258,16 +1255,8 @@ impl Cpu {
 
     /// Sets accessed and dirty bits in an entry unless it changed since it was read; false
     /// if it did.
-    fn set_paging_bits(
-        &mut self,
-        how: How,
-        linear: u64,
-        gpa: u64,
-        old: u64,
-        bits: u64,
-        size: u64,
-    ) -> Exec<bool> {
-        let machine = self.paging_entry_address(how, linear, gpa, ept::R | ept::W)?;
+    fn set_paging_bits(&mut self, linear: u64, gpa: u64, old: u64, bits: u64, size: u64) -> Exec<bool> {
+        let machine = self.paging_entry_address(linear, gpa, ept::R | ept::W)?;
         let p = self.mmu.host(machine);
         // SAFETY: as in `read_paging_entry`.
         let done = unsafe {
@@ -1286,7 +1275,7 @@ impl Cpu {
         Ok(done)
     }
 
-    fn paging_entry_address(&mut self, how: How, linear: u64, gpa: u64, access: u64) -> Exec<u64> {
+    fn paging_entry_address(&mut self, linear: u64, gpa: u64, access: u64) -> Exec<u64> {
         match self.ept_lookup(gpa & !0xfff, access) {
             // Without EPT the walk goes to what is behind the page (SDM Vol. 3C §30.4.6.2).
             Ok((machine, _)) if self.ept_on() && self.is_apic_page(machine) => {
@@ -1295,7 +1284,6 @@ impl Cpu {
             Ok((machine, _)) if self.mmu.is_memory(machine, 0x1000) => Ok(machine | gpa & 0xfff),
             Ok(_) => Err(self.no_memory(gpa, linear)),
             Err(mut miss) => {
-                let _ = how;
                 miss.exit.guest_linear = linear;
                 miss.exit.guest_physical = Gpa(gpa);
                 if miss.violation {
@@ -1480,8 +1468,7 @@ impl Cpu {
         let base = cr3 & 0xffff_ffe0;
         let mut loaded = [0; 4];
         for (i, slot) in loaded.iter_mut().enumerate() {
-            let how = How { access: Access::Read, mode: PRIV_SUPERVISOR_AC };
-            let e = match self.read_paging_entry(how, 0, base + i as u64 * 8, 8) {
+            let e = match self.read_paging_entry(0, base + i as u64 * 8, 8) {
                 Ok(e) => e,
                 Err(stop) => {
                     // No linear address leads here (SDM Vol. 3C table 28-7, bit 7).
@@ -1498,11 +1485,6 @@ impl Cpu {
         }
         self.pdptes = loaded;
         Ok(())
-    }
-
-    /// Whether the last stop was an exit (for walkers that must clean up).
-    pub fn stopped_by_exit(&self) -> bool {
-        matches!(self.reason, Reason::Exit(_))
     }
 }
 

@@ -783,10 +783,7 @@ pub(super) fn lower(i: &Instruction, bits64: bool, op: &mut Op, form: AddrForm) 
         M::Sahf => sahf,
         M::Xlatb => simple(op, xlat),
         M::Push | M::Pop if size != 0 && !gpr && !mem0 => return None,
-        M::Push if mem0 => {
-            op.stack |= false;
-            simple(op, push_m)
-        }
+        M::Push if mem0 => simple(op, push_m),
         M::Push if gpr => {
             op.src = op.dst;
             op.aux = size;

@@ -580,7 +580,7 @@ fn lower_operands(i: &Instruction, op: &mut Op) {
     }
 }
 
-fn lower_bin<O>(i: &Instruction, op: &mut Op, form: AddrForm) -> Option<Handler>
+fn lower_bin<O>(i: &Instruction, form: AddrForm) -> Option<Handler>
 where
     O: Bin<u8> + Bin<u16> + Bin<u32> + Bin<u64>,
 {
@@ -593,10 +593,7 @@ where
         Kinds::MemImm if i.has_lock_prefix() => sized_addr!(size, form, lock_mi, O),
         Kinds::MemReg => sized_addr!(size, form, mr, O),
         Kinds::MemImm => sized_addr!(size, form, mi, O),
-        Kinds::Other => {
-            let _ = op;
-            return None;
-        }
+        Kinds::Other => return None,
     })
 }
 
@@ -672,15 +669,15 @@ pub fn lower(i: &Instruction, bits64: bool, op: &mut Op) -> Option<Flow> {
     let has_memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     let form = if has_memory { lower_memory(i, bits64, op) } else { AddrForm::Base };
     let run: Option<Handler> = match i.mnemonic() {
-        M::Add => lower_bin::<alu::Add>(i, op, form),
-        M::Or => lower_bin::<alu::Or>(i, op, form),
-        M::Adc => lower_bin::<alu::Adc>(i, op, form),
-        M::Sbb => lower_bin::<alu::Sbb>(i, op, form),
-        M::And => lower_bin::<alu::And>(i, op, form),
-        M::Sub => lower_bin::<alu::Sub>(i, op, form),
-        M::Xor => lower_bin::<alu::Xor>(i, op, form),
-        M::Cmp => lower_bin::<alu::Cmp>(i, op, form),
-        M::Test => lower_bin::<alu::Test>(i, op, form),
+        M::Add => lower_bin::<alu::Add>(i, form),
+        M::Or => lower_bin::<alu::Or>(i, form),
+        M::Adc => lower_bin::<alu::Adc>(i, form),
+        M::Sbb => lower_bin::<alu::Sbb>(i, form),
+        M::And => lower_bin::<alu::And>(i, form),
+        M::Sub => lower_bin::<alu::Sub>(i, form),
+        M::Xor => lower_bin::<alu::Xor>(i, form),
+        M::Cmp => lower_bin::<alu::Cmp>(i, form),
+        M::Test => lower_bin::<alu::Test>(i, form),
         M::Inc => lower_un::<alu::Inc>(i, form),
         M::Dec => lower_un::<alu::Dec>(i, form),
         M::Neg => lower_un::<alu::Neg>(i, form),

@@ -45,16 +45,12 @@ use x86_spec::exit::ExitReason;
 use crate::cpu::{Cpu, Exec, Stop};
 use crate::op::{SimpleFn, SimpleKind};
 
+pub use crate::mmu::canonical;
 pub use event::deliver;
 pub(crate) use vmx::{require_xsaves, xss_exit};
 
 /// Physical-address width that reserved-bit checks assume (SDM Vol. 3A §4.1.4).
 pub const MAX_PHYSICAL_BITS: u32 = crate::mmu::MAXPHYADDR;
-
-/// Whether `address` is canonical for 48-bit linear addresses (SDM Vol. 1 §3.3.7.1).
-pub const fn canonical(address: u64) -> bool {
-    ((address << 16) as i64 >> 16) as u64 == address
-}
 
 impl Cpu {
     /// Whether a primary processor-based control is 1.

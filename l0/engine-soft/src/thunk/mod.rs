@@ -6,8 +6,8 @@
 //! registers the instruction reads, executes the very instruction, and stores what it
 //! wrote. Thunks are kept per form (instruction, registers, immediate; the address of a
 //! memory operand is a parameter) in a bounded cache. What the host can't do on the
-//! guest's behalf (masked accesses, save areas, x87 environment, BCD adjustments,
-//! division with its #DE) is done in Rust.
+//! guest's behalf (masked accesses, save areas, x87 environment, BCD adjustments) is
+//! done in Rust.
 //!
 //! Not supported: AVX-512, AMX, XOP, 3DNow!, SSE4A, MPX, and CR0.NE = 0 reporting of x87 errors
 //! through FERR# (they are always reported as #MF).
@@ -16,7 +16,6 @@ mod arena;
 mod bcd;
 mod class;
 mod compile;
-mod divide;
 mod features;
 mod masked;
 mod simple;
@@ -267,8 +266,7 @@ fn rust_function(i: &Instruction) -> Option<SimpleFn> {
         .or_else(|| x87::function(i))
         .or_else(|| xsave::function(i))
         .or_else(|| masked::function(i))
-        .or_else(|| bcd::function(i))
-        .or_else(|| divide::function(i))?;
+        .or_else(|| bcd::function(i))?;
     class::offered(i.code()).then_some(f)
 }
 

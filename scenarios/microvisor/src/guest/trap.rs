@@ -195,7 +195,7 @@ extern "C" fn fatal() -> ! {
 macro_rules! guarded {
     ($instruction:expr $(, $($operands:tt)*)?) => {{
         let flags: u64;
-        #[allow(unused_unsafe)]
+        #[allow(unused_unsafe, reason = "some callers are in an unsafe block already")]
         unsafe {
             (&raw mut $crate::guest::trap::TRAP.vector).write_volatile($crate::guest::trap::NONE);
             core::arch::asm!(
