@@ -102,6 +102,13 @@ pub struct Stats {
     pub table_writes: u64,
 }
 
+impl Stats {
+    /// How often tables were dropped to make room.
+    pub fn reclaims(&self) -> u64 {
+        self.evicted_roots + self.emptied
+    }
+}
+
 #[derive(Debug)]
 struct RootTable {
     key: RootKey,

@@ -88,6 +88,24 @@ fn every_case_with_a_shadow_vmcs() {
     suite(&["--vmcs-access", "shadow"]);
 }
 
+/// What does not fit into EPT02 at once is dropped and made again, and L2 does not notice.
+#[test]
+fn a_small_ept02_is_reclaimed() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let log = dir.path().join("log");
+    let options = |pages| ["--ept02-pages", pages, "--trace", log.to_str().expect("UTF-8")];
+    let reclaims = |pages| {
+        let finished = run(&options(pages), "only=ept");
+        finished.expect_status(1);
+        let [passed, failed, _] = counts(&finished);
+        assert!(passed > 30 && failed == 0, "{}", finished.output);
+        let log = std::fs::read_to_string(&log).expect("the log");
+        log.lines().filter(|l| l.contains("EPT02 is full")).count()
+    };
+    assert_eq!(reclaims("2048"), 0);
+    assert!(reclaims("256") > 1);
+}
+
 #[test]
 fn without_vmx_the_hypervisor_says_so() {
     let finished = run(&["--vmx", "off"], "only=boot,instr");

@@ -147,8 +147,13 @@ pub struct Rig {
 
 impl Rig {
     pub fn new() -> Self {
-        let config =
-            VmConfig { ram: 4 << 20, cpus: 1, vmx: false, vmcs_access: crate::nested::VmcsAccess::Trapped };
+        let config = VmConfig {
+            ram: 4 << 20,
+            cpus: 1,
+            vmx: false,
+            vmcs_access: crate::nested::VmcsAccess::Trapped,
+            ept02: crate::nested::Ept02Config::default(),
+        };
         let memory = Arc::new(MachineMemory::new(config.machine_memory().unwrap()).unwrap());
         let script = Arc::new(Mutex::new(Script::default()));
         let tsc = Arc::new(AtomicU64::new(1 << 40));

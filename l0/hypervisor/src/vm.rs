@@ -15,12 +15,13 @@ use crate::board::Board;
 use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
 use crate::msr::GuestTsc;
-use crate::nested::{self, NestedError, VmcsAccess};
+use crate::nested::{self, Ept02Config, NestedError, VmcsAccess};
 use crate::stats::{ExitStats, StatsSummary};
 use crate::vmcs01::{self, MissingControl};
 
-/// Pages of L0's pool besides those that EPT01 may need.
-const POOL_RESERVE: u64 = 4096;
+/// Pages of L0's pool besides those of EPT02 and the page tables of EPT01: EPT01's upper levels, bitmaps,
+/// shadow VMCSs.
+const POOL_RESERVE: u64 = 2048;
 
 /// What a machine is to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,15 +34,18 @@ pub struct VmConfig {
     pub vmx: bool,
     /// How L1's VMREAD and VMWRITE are done.
     pub vmcs_access: VmcsAccess,
+    /// The composed tables of L1's guests.
+    pub ept02: Ept02Config,
 }
 
 impl VmConfig {
     fn ram_pages(&self) -> u64 {
         self.ram.div_ceil(PAGE_SIZE)
     }
-    /// EPT01 needs at most one table for 512 pages, plus the upper levels.
+    /// EPT01 needs at most one table for 512 pages, plus the upper levels; each vCPU has an EPT02.
     fn pool_pages(&self) -> u64 {
-        self.ram_pages() / 512 + POOL_RESERVE
+        let ept02 = self.ept02.pages.saturating_mul(u64::from(self.cpus.max(1)));
+        (self.ram_pages() / 512 + POOL_RESERVE).saturating_add(ept02)
     }
     /// Bytes of machine memory that the machine needs: L1's RAM from 0, L0's pool
     /// after it. `None` past 2^63.
@@ -93,6 +97,7 @@ pub struct VmBuilder<E: Engine> {
     clock: Arc<dyn Clock>,
     tscs: Vec<Arc<GuestTsc>>,
     vmcs_access: VmcsAccess,
+    ept02: Ept02Config,
 }
 
 impl<E: Engine + 'static> VmBuilder<E> {
@@ -118,8 +123,8 @@ impl<E: Engine + 'static> VmBuilder<E> {
         };
         let clock = Arc::new(EngineClock { tsc: Box::new(now(&engine)), start: engine.tsc(), hz });
         let tscs = (0..config.cpus.max(1)).map(|_| GuestTsc::new(now(&engine), hz)).collect();
-        let vmcs_access = config.vmcs_access;
-        Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs, vmcs_access })
+        let (vmcs_access, ept02) = (config.vmcs_access, config.ept02);
+        Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs, vmcs_access, ept02 })
     }
 
     /// L1's RAM.
@@ -193,6 +198,10 @@ impl<E: Engine> Vm<E> {
     /// How L1's VMREAD and VMWRITE are done.
     pub(crate) fn vmcs_access(&self) -> VmcsAccess {
         self.base.vmcs_access
+    }
+    /// The composed tables of L1's guests.
+    pub(crate) fn ept02_config(&self) -> Ept02Config {
+        self.base.ept02
     }
     /// The devices.
     pub fn board(&self) -> &dyn Board {

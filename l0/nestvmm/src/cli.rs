@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use hypervisor::{Ept02Config, MAX_EPT02_PAGES, MIN_EPT02_PAGES};
 
 use crate::image::{DEFAULT_COMMAND_LINE, DEFAULT_KERNEL_PACKAGE};
 use crate::status;
@@ -166,6 +169,10 @@ pub struct RunArgs {
     /// How L1's VMREAD and VMWRITE are done
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
+    /// Most pages of 4 KiB for EPT02, the tables that L1's guests run on
+    #[arg(long, value_name = "N", default_value_t = Ept02Config::default().pages,
+        value_parser = RangedU64ValueParser::<u64>::new().range(MIN_EPT02_PAGES..=MAX_EPT02_PAGES))]
+    pub ept02_pages: u64,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]

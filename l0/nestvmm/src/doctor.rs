@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use engine::Engine;
 use engine_kvm::KvmEngine;
 use engine_soft::SoftEngine;
-use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmcsAccess};
+use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmcsAccess};
 use kvm_ioctls::{Cap, Kvm};
 use machine::boot::{BootGprs, BootState, BootTable};
 use machine::{Pc, PcConfig};
@@ -270,7 +270,13 @@ fn run_loop<E: Engine + 'static>(
     rounds: u32,
 ) -> Result<(u64, Duration), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let config = VmConfig { ram: 4 << 20, cpus: 1, vmx: false, vmcs_access: VmcsAccess::Trapped };
+    let config = VmConfig {
+        ram: 4 << 20,
+        cpus: 1,
+        vmx: false,
+        vmcs_access: VmcsAccess::Trapped,
+        ept02: Ept02Config::default(),
+    };
     let size = config.machine_memory().ok_or("no memory size")?;
     let memory = Arc::new(MachineMemory::new(size).map_err(|e| text(&e))?);
     let engine = Arc::new(new_engine(memory.clone()).map_err(|e| text(&e))?);

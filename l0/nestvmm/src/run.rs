@@ -9,7 +9,7 @@ use engine::Engine;
 use engine_kvm::KvmEngine;
 use engine_soft::SoftEngine;
 use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
-use hypervisor::{RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
+use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
 use machine::image::ImageKind;
 use machine::{Pc, PcConfig, acpi, image};
@@ -114,6 +114,7 @@ fn boot_once<E: Engine + 'static>(
         cpus: CPUS.into(),
         vmx: args.vmx == OnOff::On,
         vmcs_access: args.vmcs_access.into(),
+        ept02: Ept02Config { pages: args.ept02_pages },
     };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
     let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);

@@ -89,6 +89,8 @@ fn bad_usage() {
     fails(&["run"], 2, &["IMAGE"]);
     fails(&["run", "x", "--no-such-option"], 2, &["--no-such-option"]);
     fails(&["no-such-command"], 2, &["no-such-command"]);
+    fails(&["run", "x", "--ept02-pages", "255"], 2, &["255", "256..=1048576"]);
+    fails(&["run", "x", "--ept02-pages", "1048577"], 2, &["1048577", "256..=1048576"]);
     fails(&["run", "x", "--memory", "63M"], 2, &["63M", "64 MiB"]);
     fails(&["run", "x", "--memory", "lots"], 2, &["lots"]);
     fails(&["run", "x", "--engine", "warp"], 2, &["warp", "soft"]);

@@ -528,6 +528,7 @@ impl<E: Engine> VcpuLoop<E> {
         let logs = secondary12(vmcs12).contains(SecondaryControls::ENABLE_PML);
         let address = L1Gpa(vmcs12.get(Field::PmlAddress));
         let mut index = vmcs12.get(Field::PmlIndex) as u16;
+        let reclaims = n.ept02.stats().reclaims();
         let filled = if logs {
             let mut log = Pml { memory: vm.ram(), address, index: &mut index };
             n.ept02.fill(key, &format12, gpa, access, vm.ram(), &l1, &mut log)
@@ -536,6 +537,9 @@ impl<E: Engine> VcpuLoop<E> {
         };
         if logs && let Some(v) = n.state.current_mut() {
             v.set(Field::PmlIndex, index.into());
+        }
+        if n.ept02.stats().reclaims() != reclaims {
+            tracing::debug!(pages = n.ept02.held_pages(), "EPT02 is full: tables are dropped to make room");
         }
         if let Err(fault) = &filled
             && let Some(reflected) = route::exit_of_fault(exit, fault)

@@ -27,8 +27,27 @@ pub(crate) use root::vmx_instruction;
 use shadow::ShadowPage;
 pub use shadow::VmcsAccess;
 
-/// Pages that the tables of EPT02 may take.
-const EPT02_PAGES: u64 = 2048;
+/// The fewest pages that an EPT02 can have. All that one instruction touches must be mapped at
+/// once, or L2 never gets past it: code, operands, stack and descriptor tables that cross
+/// pages, each with its paging structures, are some 60 pages, and each may need three tables of its own.
+pub const MIN_EPT02_PAGES: u64 = 256;
+/// The most: 4 GiB of tables, which map 2 TiB in pages of 4 KiB.
+pub const MAX_EPT02_PAGES: u64 = 1 << 20;
+
+/// The composed tables of L1's guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ept02Config {
+    /// Pages of L0's memory that they may take, for each vCPU: [`MIN_EPT02_PAGES`] to
+    /// [`MAX_EPT02_PAGES`].
+    pub pages: u64,
+}
+
+impl Default for Ept02Config {
+    /// 8 MiB of tables, which map 4 GiB in pages of 4 KiB.
+    fn default() -> Self {
+        Self { pages: 2048 }
+    }
+}
 
 /// Why nesting can't be set up.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +107,7 @@ impl Nested {
             caps,
             state: VmxState::new(FeatureControl::ENABLED),
             vmcs01: Box::default(),
-            ept02: Ept02::new(vm.memory().clone(), pool.clone(), EPT02_PAGES, format, false)?,
+            ept02: Ept02::new(vm.memory().clone(), pool.clone(), vm.ept02_config().pages, format, false)?,
             vpids: VpidMap::default(),
             pages: Pages {
                 io_bitmap_a: pool.alloc()?,

@@ -32,6 +32,7 @@ super::cases! { true;
     "ept.invept.single" "Vol. 3C 29.4.3.1" invept_single;
     "ept.invept.all" "Vol. 3C 29.4.3.1" invept_all;
     "ept.two_roots" "Vol. 3C 29.4" two_roots;
+    "ept.many_tables" "Vol. 3C 29.3.2" many_tables;
     "ept.pml.log" "Vol. 3C 29.3.6" pml_log;
     "ept.pml.full" "Vol. 3C 29.3.6" pml_full;
     "ept.mode_based.supervisor" "Vol. 3C 29.3.2" mode_based_supervisor;
@@ -444,6 +445,44 @@ fn two_roots(ctx: &mut Ctx) -> Outcome {
         reads(&mut vm, "by the first EPTP", data, 1)?;
         vm.set(EPTP, second.eptp())?;
         reads(&mut vm, "by the second EPTP", data, 2)?;
+    }
+    Ok(())
+}
+
+/// L2 touches 1 GiB, 2 MiB apart: what maps it takes 512 tables of a processor that makes them anew, and only
+/// three of L1's. Twice, so that tables which had to go are needed again.
+fn many_tables(ctx: &mut Ctx) -> Outcome {
+    const REGIONS: u64 = 512;
+    let code = code![
+        // RBX: address; RDX: from one to the next.
+        "mov rsi, rbx",
+        "xor ecx, ecx",
+        "2: mov [rsi], rcx",
+        "add rsi, rdx",
+        "inc ecx",
+        "cmp ecx, 512",
+        "jne 2b",
+        "xor eax, eax",
+        "3: sub rsi, rdx",
+        "add rax, [rsi]",
+        "loop 3b",
+        "vmcall",
+    ];
+    let mut vm = Vm::new(&ctx.caps, code)?;
+    let ept = vm.need_ept()?;
+    let base = 0xc000_0000_u64;
+    let (directory, table, page) = (memory::page(), memory::page(), memory::page());
+    for i in 0..REGIONS {
+        memory::write(directory + 8 * i, table | RWX);
+        memory::write(table + 8 * i, page | RWX | WB);
+    }
+    ept.set(base, 3, directory | RWX);
+    vm.regs.rbx = base;
+    vm.regs.rdx = (2 << 20) + 8;
+    vm.finish()?;
+    check!("sum", vm.regs.rax, REGIONS * (REGIONS - 1) / 2);
+    for i in 0..REGIONS {
+        check!(format_args!("word {i}"), memory::read::<u64>(page + 8 * i), i);
     }
     Ok(())
 }
