@@ -126,3 +126,16 @@ fn benchmarks_measure_every_kind_of_exit() {
         assert!(line.is_some_and(|l| l.starts_with("bench ")), "{name}: {}", finished.output);
     }
 }
+
+#[test]
+fn a_plain_guest_measures_its_exits() {
+    let finished = Launch::new(["bench", "vmexit", "--engine", "soft", "--rounds", "100"]).run(LIMIT);
+    finished.expect_status(0);
+    for name in ["cpuid", "rd_tsc_adjust_msr", "outb_to_post", "mmio_read", "self_ipi_sti_hlt", "page_touch"]
+    {
+        let line = finished.output.lines().find(|l| l.split_whitespace().nth(1) == Some(name));
+        assert!(line.is_some_and(|l| l.starts_with("bench ")), "{name}: {}", finished.output);
+    }
+    // There is no hypervisor that would answer a plain guest's VMCALL.
+    assert!(finished.output.contains("skip vmcall (exception 6 here)"), "{}", finished.output);
+}

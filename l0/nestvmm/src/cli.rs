@@ -43,8 +43,24 @@ pub enum Command {
 pub enum BenchCommand {
     /// Boot an image here and under QEMU's TCG, run the mix in both and on the host, and compare
     Boot(BenchBootArgs),
+    /// Measure what exits cost the guest that causes them; in L1 with --engine kvm, an L2
+    Vmexit(BenchVmexitArgs),
     /// Run a fixed user-mode workload here and print a line per part, in milliseconds
     Mix,
+}
+
+/// Arguments of `bench vmexit`.
+#[derive(Debug, Args)]
+pub struct BenchVmexitArgs {
+    /// What executes the guest's instructions
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub engine: EngineChoice,
+    /// Rounds of each exit, at most 10000
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10000))]
+    pub rounds: u32,
+    /// Only the exits whose names start so
+    #[arg(long, value_name = "PREFIX")]
+    pub only: Option<String>,
 }
 
 /// Arguments of `bench boot`.

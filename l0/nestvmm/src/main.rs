@@ -15,18 +15,14 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command};
+use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     restore_terminal_on_panic();
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
-        Command::Bench(BenchCommand::Boot(args)) => bench::boot(&args).map(|()| 0),
-        Command::Bench(BenchCommand::Mix) => {
-            bench::print_mix();
-            Ok(0)
-        }
+        Command::Bench(command) => bench::bench(&command).map(|()| 0),
         Command::Image(command) => image_command::image(command).map(|()| 0),
     };
     match result {

@@ -9,6 +9,7 @@
 //! - `only=PREFIX`: run the cases whose names start with one of the prefixes, which commas part;
 //! - `list`: print the names and sections of the cases and end;
 //! - `bench`: measure exits instead; `rounds=N` is the number of rounds of each;
+//! - `vmexit`: measure, without VMX, what exits cost the guest that causes them; with `rounds=N`;
 //! - `verbose`: print each case's name before it runs.
 //!
 //! Each case ends in one line, `ok NAME`, `skip NAME (why)` or `FAIL NAME: what`; the last line counts
@@ -17,6 +18,9 @@
 
 /// Path of the multiboot image.
 pub const IMAGE: &str = env!("MICROVISOR_IMAGE");
+
+/// The image itself.
+pub const BYTES: &[u8] = include_bytes!(env!("MICROVISOR_IMAGE"));
 
 macro_rules! check_table {
     ($($name:ident $section:literal $body:tt;)*) => {

@@ -130,12 +130,17 @@ fn nanoseconds(cycles: u64) -> u64 {
     (cycles * 1_000_000).checked_div(tsc_khz()).unwrap_or(0)
 }
 
+/// Room for the times of `rounds` rounds, of one measurement at a time.
+pub fn samples(rounds: u32) -> &'static mut [u32] {
+    let rounds = (rounds.max(1) as usize).min(SAMPLES);
+    unsafe { &mut (&mut *&raw mut TIMES)[..rounds] }
+}
+
 fn run(ctx: &Ctx, bench: &Bench, rounds: u32) -> Outcome {
     let mut vm = Vm::new(&ctx.caps, (bench.code)())?;
     (bench.setup)(&mut vm)?;
     vm.expect(bench.reason)?;
-    let rounds = (rounds.max(1) as usize).min(SAMPLES);
-    let times = unsafe { &mut (&mut *&raw mut TIMES)[..rounds] };
+    let times = samples(rounds);
     for (i, time) in times.iter_mut().enumerate() {
         // The handler's time counts with the entry that follows it.
         let start = cpu::tsc();
@@ -159,11 +164,12 @@ fn run(ctx: &Ctx, bench: &Bench, rounds: u32) -> Outcome {
     Ok(())
 }
 
-fn report(name: &str, times: &mut [u32]) {
+/// Prints the line of one measurement, from its times in cycles.
+pub fn report(name: &str, times: &mut [u32]) {
     times.sort_unstable();
     let at = |percent: usize| u64::from(times.get(times.len() * percent / 100).copied().unwrap_or(0));
     println!(
-        "bench {name:14} {:>6}  {:>9}  {:>7}  {:>7}  {:>6} ns",
+        "bench {name:17} {:>6}  {:>9}  {:>7}  {:>7}  {:>6} ns",
         times.len(),
         at(0),
         at(50),
@@ -210,7 +216,7 @@ fn fill(ctx: &Ctx, name: &str, small: bool) -> Outcome {
     vm.finish()?;
     let took = (cpu::tsc_ordered() - start).max(1);
     println!(
-        "bench {name:14} {pages:>6}  {:>9} cycles a page, {} pages a second",
+        "bench {name:17} {pages:>6}  {:>9} cycles a page, {} pages a second",
         took / pages,
         pages * tsc_khz() * 1000 / took
     );

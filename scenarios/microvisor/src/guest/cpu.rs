@@ -43,6 +43,12 @@ pub fn inb(port: u16) -> u8 {
     unsafe { asm!("in al, dx", in("dx") port, out("al") value) };
     value
 }
+/// IN from a 32-bit port.
+pub fn inl(port: u16) -> u32 {
+    let value;
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value) };
+    value
+}
 /// OUT to an 8-bit port.
 pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };

@@ -13,6 +13,7 @@ mod memory;
 mod suite;
 mod trap;
 mod vm;
+mod vmexit;
 mod vmx;
 
 /// The hypervisor in Rust, entered from [`boot`] with the multiboot information.

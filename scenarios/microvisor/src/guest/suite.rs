@@ -3,7 +3,7 @@
 use core::fmt::{self, Write};
 
 use super::vmx::{self, Caps};
-use super::{bench, cases, cpu, memory, trap};
+use super::{bench, cases, cpu, memory, trap, vmexit};
 
 /// Why a case ends early.
 pub enum Stop {
@@ -147,8 +147,11 @@ pub fn main(options: &str) -> bool {
     }
     cpu::apic::init();
     let caps = Caps::read();
+    let rounds = word(options, "rounds=").and_then(|n| n.parse().ok()).unwrap_or(10_000);
+    if has(options, "vmexit") {
+        return vmexit::main(word(options, "only="), rounds);
+    }
     if has(options, "bench") {
-        let rounds = word(options, "rounds=").and_then(|n| n.parse().ok()).unwrap_or(10_000);
         return match caps {
             Some(caps) => bench::main(&context(caps), word(options, "only="), rounds),
             None => {
