@@ -61,6 +61,10 @@ impl Rig {
         let exit = self.vcpu.emulate(&mut self.vmcs, &mut self.regs, bus);
         assert_eq!(exit, None, "{:?}", self.vcpu.failure());
     }
+    fn settle(&mut self, bus: &mut Bus) {
+        let exit = self.vcpu.settle(&mut self.vmcs, &mut self.regs, bus);
+        assert_eq!(exit, None, "{:?}", self.vcpu.failure());
+    }
     fn skip(&mut self, exit: &VmExit) {
         self.vmcs.guest.rip += u64::from(exit.instruction_length);
     }
@@ -101,7 +105,8 @@ fn ports_are_answered_by_emulate_and_hlt_exits() {
     assert_eq!(exit.qualification, io::qualification(0x71, 1, io::IN));
     r.emulate(&mut bus);
     assert_eq!(bus.0, [(0x80, 1, 0x42), (0x71, 1, 0)]);
-    assert_eq!(r.regs.gpr[gpr::RAX] & 0xff, 0xa5);
+    r.settle(&mut bus);
+    assert_eq!((r.regs.gpr[gpr::RAX] & 0xff, r.vmcs.guest.rip), (0xa5, CODE + 6));
     let exit = r.enter();
     assert_eq!((exit.reason, exit.instruction_length), (ExitReason::Hlt, 1));
     assert_eq!(r.vmcs.guest.rip, CODE + 6);
@@ -117,8 +122,8 @@ fn memory_that_no_slot_maps_is_answered_by_emulate() {
     let exit = r.enter();
     assert_eq!((exit.reason, exit.guest_physical), (ExitReason::EptViolation, Gpa(0x30_0010)));
     r.emulate(&mut bus);
-    assert_eq!(r.regs.gpr[gpr::RBX] & 0xffff, 0xa5a5);
     let exit = r.enter();
+    assert_eq!(r.regs.gpr[gpr::RBX] & 0xffff, 0xa5a5, "finished on the way into the guest");
     assert_eq!((exit.reason, exit.guest_physical), (ExitReason::EptViolation, Gpa(0x30_0020)));
     r.emulate(&mut bus);
     assert_eq!(bus.0, [(0x30_0010, 2, 0), (0x30_0020, 2, 0xa5a5)]);
@@ -177,6 +182,40 @@ fn interrupts_wait_for_their_window_and_are_delivered() {
     assert_eq!(r.enter().reason, ExitReason::Hlt);
     assert_eq!(r.vmcs.guest.rip, 0x1100);
     assert!(!r.vmcs.controls.entry_interruption.is_valid());
+}
+
+#[test]
+fn an_event_goes_in_after_the_instruction_that_was_answered() {
+    // sti; nop; in al, 71h; vector 40H: hlt at 1100H
+    let Some(mut r) = rig(&[0xfb, 0x90, 0xe4, 0x71]) else { return };
+    r.memory.write(MachineAddr(0x40 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xf4]).unwrap();
+    let mut bus = Bus::default();
+    assert_eq!(r.enter().reason, ExitReason::IoInstruction);
+    r.emulate(&mut bus);
+    r.settle(&mut bus);
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(0x40, EventType::External, false);
+    assert_eq!((r.enter().reason, r.vmcs.guest.rip), (ExitReason::Hlt, 0x1100));
+    let mut ip = [0; 2];
+    r.memory.read(MachineAddr(r.vmcs.guest.rsp), &mut ip).unwrap();
+    assert_eq!(u64::from(u16::from_le_bytes(ip)), CODE + 4);
+    assert_eq!((bus.0.len(), r.regs.gpr[gpr::RAX] & 0xff), (1, 0xa5));
+}
+
+#[test]
+fn a_string_of_accesses_goes_on_at_the_next_entry() {
+    // mov cx, 3; rep outsb to port 80h from 2000h; hlt
+    let code = [0xb9, 3, 0, 0xba, 0x80, 0, 0xbe, 0, 0x20, 0xf3, 0x6e, 0xf4];
+    let Some(mut r) = rig(&code) else { return };
+    r.memory.write(MachineAddr(0x2000), b"abc").unwrap();
+    let mut bus = Bus::default();
+    let mut exit = r.enter();
+    while exit.reason == ExitReason::IoInstruction {
+        r.emulate(&mut bus);
+        exit = r.enter();
+    }
+    assert_eq!(exit.reason, ExitReason::Hlt);
+    assert_eq!(bus.0, [(0x80, 1, 0x61), (0x80, 1, 0x62), (0x80, 1, 0x63)]);
 }
 
 #[test]

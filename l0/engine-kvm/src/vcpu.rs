@@ -2,7 +2,9 @@
 //!
 //! KVM finishes some instructions only when it is entered again: port and device-memory accesses, RDMSR
 //! and WRMSR. Accesses stay open until [`Vcpu::emulate`], which answers them; their exits have
-//! instruction length 0, as KVM does not tell it. MSR accesses are finished at once, with an outcome that
+//! instruction length 0, as KVM does not tell it. The next run finishes them on its way into the guest, so
+//! that an access costs one `KVM_RUN`; whoever needs the state after the instruction before that asks with
+//! [`Vcpu::settle`]. MSR accesses are finished at once, with an outcome that
 //! changes nothing but RIP, and L0 is shown the state before the instruction together with the length that RIP
 //! moved by; whatever L0 then makes of it differs from KVM's state and is loaded at the next entry.
 
@@ -29,13 +31,13 @@ use x86_spec::reg::gpr;
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
 use crate::kick::{Armed, KickState, Timer, now_ns};
-use crate::state::KvmState;
+use crate::state::{Dirty, KvmState};
 use crate::{Shared, host, host_tsc, unsupported};
 
 /// How often NMI blocking is looked at while an NMI waits, in nanoseconds: KVM has no NMI-window
 /// exit for userspace.
 const NMI_POLL_NS: u64 = 1_000_000;
-/// How many accesses one instruction may make in [`Vcpu::emulate`]. KVM splits long string
+/// How many accesses one instruction may make in [`Vcpu::settle`]. KVM splits long string
 /// instructions itself; this only bounds a KVM that does not.
 const MAX_ACCESSES: usize = 1 << 16;
 /// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`, which `kvm-ioctls` has for other processors only.
@@ -58,6 +60,8 @@ enum Failure {
     Unfinished(u32),
     #[error("KVM waits for the answer to an access that L0 left open")]
     Open,
+    #[error("L0 changed the state in the middle of an instruction that KVM has not finished")]
+    Unsettled,
 }
 
 /// Instruction bytes of a failed emulation.
@@ -150,6 +154,8 @@ pub struct KvmVcpu {
     state: KvmState,
     loaded: Option<Loaded>,
     access: Option<Access>,
+    /// The last access is answered, but KVM has not finished its instruction: `state` is from before.
+    unfinished: bool,
     kick: Arc<KickState>,
     timer: Option<Timer>,
     /// In nanoseconds of CLOCK_MONOTONIC.
@@ -184,6 +190,7 @@ impl KvmVcpu {
             state,
             loaded: None,
             access: None,
+            unfinished: false,
             kick: Arc::default(),
             timer: None,
             deadline: None,
@@ -217,8 +224,11 @@ impl KvmVcpu {
     }
 
     /// Gives KVM what L0 changed.
-    fn load(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), EngineError> {
+    fn load(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), Failure> {
         let dirty = self.state.take(vmcs, regs);
+        if self.unfinished && dirty != Dirty::default() {
+            return Err(Failure::Unsettled);
+        }
         if self.sync {
             if dirty.regs {
                 self.fd.sync_regs_mut().regs = self.state.regs;
@@ -243,7 +253,7 @@ impl KvmVcpu {
                 self.fd.set_vcpu_events(&self.state.events).map_err(host("KVM_SET_VCPU_EVENTS"))?;
             }
         }
-        self.load_rest(vmcs, regs)
+        Ok(self.load_rest(vmcs, regs)?)
     }
 
     /// Debug registers, MSRs and the TSC offset, where they differ from what was loaded last.
@@ -354,8 +364,10 @@ impl KvmVcpu {
         }
     }
 
-    /// `KVM_RUN`: KVM's exit reason, or `None` when a signal or `immediate_exit` ended it.
+    /// `KVM_RUN`: KVM's exit reason, or `None` when a signal or `immediate_exit` ended it. It finishes what
+    /// was begun before anything else.
     fn kvm_run(&mut self) -> Result<Option<u32>, Failure> {
+        self.unfinished = false;
         match self.fd.run() {
             Ok(_) => Ok(Some(self.run_structure().exit_reason)),
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
@@ -582,19 +594,27 @@ impl KvmVcpu {
         VmExit { entry_failure: true, ..VmExit::new(ExitReason::InvalidGuestState) }
     }
 
-    fn try_emulate(
+    fn try_emulate(&mut self, bus: &mut dyn ExitBus) -> Option<VmExit> {
+        // Only an instruction that KVM began can be finished; L0 takes the exit for one that the engine
+        // can't do.
+        let Some(access) = self.access.take() else {
+            return Some(VmExit::new(ExitReason::EptViolation));
+        };
+        self.answer(access, bus);
+        self.unfinished = true;
+        None
+    }
+
+    fn try_settle(
         &mut self,
         vmcs: &mut EngineVmcs,
         regs: &mut GuestRegs,
         bus: &mut dyn ExitBus,
     ) -> Result<Option<VmExit>, Failure> {
-        // Only an instruction that KVM began can be finished; L0 takes the exit for one that the engine
-        // can't do.
-        let Some(mut access) = self.access.take() else {
-            return Ok(Some(VmExit::new(ExitReason::EptViolation)));
-        };
         for _ in 0..MAX_ACCESSES {
-            self.answer(access, bus);
+            if !self.unfinished {
+                return Ok(None);
+            }
             let reason = self.finish()?;
             self.state.show(vmcs, regs);
             let Some(reason) = reason else {
@@ -607,8 +627,7 @@ impl KvmVcpu {
             if self.open_access(reason).is_none() {
                 return self.translate_exit(reason, vmcs, regs).map(Some);
             }
-            let Some(next) = self.access.take() else { break };
-            access = next;
+            self.try_emulate(bus);
         }
         Err(Failure::Unfinished(KVM_EXIT_IO))
     }
@@ -689,13 +708,17 @@ impl Vcpu for KvmVcpu {
         }
     }
 
-    fn emulate(
+    fn emulate(&mut self, _: &mut EngineVmcs, _: &mut GuestRegs, bus: &mut dyn ExitBus) -> Option<VmExit> {
+        self.try_emulate(bus)
+    }
+
+    fn settle(
         &mut self,
         vmcs: &mut EngineVmcs,
         regs: &mut GuestRegs,
         bus: &mut dyn ExitBus,
     ) -> Option<VmExit> {
-        match self.try_emulate(vmcs, regs, bus) {
+        match self.try_settle(vmcs, regs, bus) {
             Ok(exit) => exit,
             Err(failure) => Some(self.failed(&failure, vmcs)),
         }

@@ -169,6 +169,19 @@ pub trait Vcpu: Send {
         bus: &mut dyn ExitBus,
     ) -> Option<VmExit>;
 
+    /// Makes `vmcs` and `regs` show the state after the instruction that [`Self::emulate`] executed. An
+    /// engine may leave that to the next [`Self::enter`], so this comes before anything that reads the
+    /// state, changes it or injects an event. Further accesses of the instruction go to `bus`. `None`, or an exit
+    /// that the rest of the instruction caused; a fault of the instruction is left as the event to inject.
+    fn settle(
+        &mut self,
+        _vmcs: &mut EngineVmcs,
+        _regs: &mut GuestRegs,
+        _bus: &mut dyn ExitBus,
+    ) -> Option<VmExit> {
+        None
+    }
+
     /// Reads guest-linear memory as a data access of the instruction at RIP would, with its effects
     /// on accessed and dirty flags; for operands of instructions that L0 executes on the guest's
     /// behalf.

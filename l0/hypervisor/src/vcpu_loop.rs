@@ -14,7 +14,7 @@ use x86_spec::reg::rflags;
 use x86_spec::segment::seg;
 use x86_spec::{exception, exit::ExitReason};
 
-use crate::board::Board;
+use crate::board::{Board, CpuBus};
 use crate::cpuid;
 use crate::exits::{Outcome, route};
 use crate::msr::MsrState;
@@ -172,6 +172,14 @@ impl<E: Engine> VcpuLoop<E> {
                     continue;
                 }
             } else {
+                if let Some(exit) = self.settle_before_event() {
+                    match self.dispatch(&exit) {
+                        Outcome::Resume => {}
+                        Outcome::Halt => self.halted = true,
+                        Outcome::End(end) => return end,
+                    }
+                    continue;
+                }
                 self.prepare_entry();
             }
             if !self.vm.handle().entering(self.index) {
@@ -367,6 +375,19 @@ impl<E: Engine> VcpuLoop<E> {
             error_code: error_code.unwrap_or(0),
             instruction_length: 0,
         });
+    }
+
+    /// An event goes in after the instruction that L0 had the engine execute, so the engine must be done with
+    /// it. An exit that the rest of the instruction caused.
+    fn settle_before_event(&mut self) -> Option<VmExit> {
+        let interrupts = self.board().interrupts();
+        let nmi = || interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
+        if self.event.is_none() && !interrupts.has_interrupt(self.index) && !nmi() {
+            return None;
+        }
+        let vm = self.vm.clone();
+        let mut bus = CpuBus { board: vm.board(), cpu: self.index };
+        self.vcpu.settle(&mut self.vmcs, &mut self.regs, &mut bus)
     }
 
     /// Fills in what changes from entry to entry: the event to inject, window controls, the
