@@ -74,11 +74,29 @@ impl Kernel {
         cell.get_or_init(|| {
             let path = dir().join(format!("{}.img", self.name()));
             make(&path, || {
-                let mut build =
-                    Launch::new(["image", "build", "--force", "--kernel-package", self.package()]);
+                let mut build = Launch::new(["image", "build", "--force", "--l2", "off"])
+                    .args(&["--kernel-package", self.package()]);
                 for module in CRYPTO_MODULES {
                     build = build.arg("--module").arg(module);
                 }
+                build.path(&path).run(BUILD_LIMIT).expect_status(0);
+            });
+            path
+        })
+    }
+
+    /// The image of an L1 with the cloud kernel that holds an L2 with this one.
+    pub fn image_as_l2(self) -> &'static Path {
+        static IMAGES: [OnceLock<PathBuf>; 2] = [OnceLock::new(), OnceLock::new()];
+        let [cloud, generic] = &IMAGES;
+        let (cell, options): (_, &[&str]) = match self {
+            Self::Cloud => (cloud, &[]),
+            Self::Generic => (generic, &["--l2-kernel-package", Self::Generic.package()]),
+        };
+        cell.get_or_init(|| {
+            let path = dir().join(format!("l2-{}.img", self.name()));
+            make(&path, || {
+                let build = Launch::new(["image", "build", "--force"]).args(options);
                 build.path(&path).run(BUILD_LIMIT).expect_status(0);
             });
             path

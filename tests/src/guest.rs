@@ -15,6 +15,46 @@ pub fn launch(kernel: Kernel, options: &[&str]) -> Launch {
     Launch::new(["run"]).path(kernel.image()).args(options)
 }
 
+/// Messages at level "warning" or worse that are no fault, each with the reason.
+const ALLOWED: [(&str, &str); 1] = [(
+    "hrtimer: interrupt took",
+    "the kernel notices that the host ran something else; it depends on the host's load",
+)];
+
+/// What must not appear in the log at any level.
+const NEVER: [&str; 13] = [
+    "BUG:",
+    "WARNING:",
+    "Oops",
+    "Call Trace",
+    "Kernel panic",
+    "unknown NMI",
+    "Uhhuh. NMI received",
+    "clocksource: Long readout",
+    "as unstable",
+    "TSC_DEADLINE disabled",
+    "self-test failed",
+    "unchecked MSR access",
+    "segfault",
+];
+
+/// Checks a kernel's log, in the form `<priority>[time] text` (`dmesg -r`).
+#[track_caller]
+pub fn check_log(log: &str) {
+    assert!(log.contains("Linux version"), "the log has its start: {log}");
+    let mut bad = Vec::new();
+    for line in log.lines() {
+        let priority = line.strip_prefix('<').and_then(|l| l.split_once('>')).map(|(p, _)| p.parse::<u32>());
+        // The low three bits are the level; 4 is "warning".
+        let warns = matches!(priority, Some(Ok(p)) if p & 7 <= 4);
+        let allowed = ALLOWED.iter().any(|(text, _)| line.contains(text));
+        if (warns && !allowed) || NEVER.iter().any(|n| line.contains(n)) {
+            bad.push(line);
+        }
+    }
+    assert!(bad.is_empty(), "in the kernel's log:\n{}", bad.join("\n"));
+}
+
 /// What a command gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommandResult {

@@ -9,6 +9,7 @@
 //! | 0x80 | POST code |
 //! | 0x92, 0xCF9 | reset |
 //! | 0xCF8, 0xCFC–0xCFF | PCI configuration |
+//! | 0x2F8–0x2FF | second serial port (option) |
 //! | 0x3F8–0x3FF | serial port |
 //! | 0x510, 0x511 | fw_cfg |
 //! | 0x600–0x60B | ACPI fixed hardware |
@@ -49,6 +50,10 @@ use crate::bus::{MmioBus, Overlap, PioBus, PortWidth, size_mask};
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt line.
 pub const SERIAL_IRQ: u32 = 4;
+/// First port of the second serial port, which programs outside and inside talk over.
+pub const CHANNEL_PORT: u16 = 0x2f8;
+/// Its interrupt line.
+pub const CHANNEL_IRQ: u32 = 3;
 /// The interrupt line of ACPI events (level-triggered).
 pub const SCI_IRQ: u32 = 9;
 
@@ -74,6 +79,8 @@ pub struct PcConfig {
     pub clock: Option<Arc<dyn Clock>>,
     /// Where the serial port's output goes.
     pub console: Box<dyn Write + Send>,
+    /// Where the second serial port's output goes; `None` for no such port.
+    pub channel: Option<Box<dyn Write + Send>>,
 }
 
 impl Default for PcConfig {
@@ -90,6 +97,7 @@ impl Default for PcConfig {
             utc_ns: None,
             clock: None,
             console: Box::new(std::io::sink()),
+            channel: None,
         }
     }
 }
@@ -238,6 +246,47 @@ impl<D: PioDevice> PioDevice for PortsAt<D> {
     }
 }
 
+/// A serial port whose other end is a thread that waits for space.
+struct SerialLine {
+    first_port: u16,
+    uart: Arc<Mutex<Scheduled<Serial>>>,
+    space: Condvar,
+    /// How many threads wait for `space`, so that a port access need not wake nobody.
+    waiters: AtomicUsize,
+}
+
+impl SerialLine {
+    fn new(first_port: u16, uart: Serial) -> Self {
+        let uart = shared(Scheduled::new(uart));
+        Self { first_port, uart, space: Condvar::new(), waiters: AtomicUsize::new(0) }
+    }
+
+    /// An access to the port may have made space for input.
+    fn accessed(&self, port: u16) {
+        let ours = (self.first_port..self.first_port + 8).contains(&port);
+        if ours && self.waiters.load(Ordering::SeqCst) != 0 {
+            self.space.notify_all();
+        }
+    }
+
+    fn push(&self, bytes: &[u8]) -> usize {
+        lock(&self.uart).device.push_input(bytes)
+    }
+
+    fn wait_space(&self, timeout: Duration) -> bool {
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let guard = lock(&self.uart);
+        let result = self.space.wait_timeout_while(guard, timeout, |s| s.device.input_space() == 0);
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+        let (guard, _) = result.unwrap_or_else(PoisonError::into_inner);
+        guard.device.input_space() > 0
+    }
+
+    fn flush(&self) {
+        lock(&self.uart).device.flush();
+    }
+}
+
 /// The machine around the vCPUs. All methods take `&self` and may be called from any
 /// thread.
 pub struct Pc {
@@ -245,13 +294,11 @@ pub struct Pc {
     interrupts: Arc<Interrupts>,
     pio: PioBus,
     mmio: MmioBus,
-    timers: [Timer; 4],
-    serial: Arc<Mutex<Scheduled<Serial>>>,
+    timers: Vec<Timer>,
+    console: SerialLine,
+    channel: Option<SerialLine>,
     power: Arc<Mutex<Scheduled<PowerManagement>>>,
     events: Arc<EventSlot>,
-    input_space: Condvar,
-    /// How many threads wait for `input_space`, so that a port access need not wake nobody.
-    input_waiters: AtomicUsize,
 }
 
 impl Pc {
@@ -294,7 +341,11 @@ impl Pc {
         let rtc = Rtc::new(clock.clone(), interrupts.isa_line(8), utc_ns, ram_low, ram_high);
         let rtc = shared(Scheduled::new(rtc));
         let serial = Serial::new(clock.clone(), interrupts.isa_line(SERIAL_IRQ), config.console);
-        let serial = shared(Scheduled::new(serial));
+        let console = SerialLine::new(SERIAL_PORT, serial);
+        let channel = config.channel.map(|out| {
+            let serial = Serial::new(clock.clone(), interrupts.isa_line(CHANNEL_IRQ), out);
+            SerialLine::new(CHANNEL_PORT, serial)
+        });
         let power = PowerManagement::new(clock.clone(), interrupts.isa_line(SCI_IRQ), sink.clone());
         let power = shared(Scheduled::new(power));
         let i8042 = shared(I8042::new(sink.clone(), interrupts.isa_line(1), interrupts.isa_line(12)));
@@ -319,7 +370,9 @@ impl Pc {
         pio.claim(0x80, 1, PortWidth::Byte, shared(PostCode::default()))?;
         pio.claim(0x92, 1, PortWidth::Byte, shared(Port92::new(sink.clone())))?;
         pio.claim(RESET_PORT, 1, PortWidth::Byte, shared(ResetControl::new(sink.clone())))?;
-        pio.claim(SERIAL_PORT, 8, PortWidth::Byte, serial.clone())?;
+        for line in [Some(&console), channel.as_ref()].into_iter().flatten() {
+            pio.claim(line.first_port, 8, PortWidth::Byte, line.uart.clone())?;
+        }
         let fw_cfg = FwCfg::new(config.ram_bytes, config.cpus, &config.cmdline);
         pio.claim(FW_CFG_PORT, FW_CFG_PORTS, PortWidth::Any, shared(fw_cfg))?;
         pio.claim(PM_BASE, PM_PORTS, PortWidth::Any, power.clone())?;
@@ -337,19 +390,10 @@ impl Pc {
             pio.claim(IRQ_PORT, IRQ_PORTS, PortWidth::Any, shared(TestIrqs::new(lines)))?;
             mmio.claim(SCRATCH_BASE, SCRATCH_SIZE, shared(TestScratch::new()))?;
         }
-        let timers = [Timer::new(&pit), Timer::new(&rtc), Timer::new(&serial), Timer::new(&power)];
-        Ok(Self {
-            clock,
-            interrupts,
-            pio,
-            mmio,
-            timers,
-            serial,
-            power,
-            events,
-            input_space: Condvar::new(),
-            input_waiters: AtomicUsize::new(0),
-        })
+        let mut timers =
+            vec![Timer::new(&pit), Timer::new(&rtc), Timer::new(&console.uart), Timer::new(&power)];
+        timers.extend(channel.as_ref().map(|c| Timer::new(&c.uart)));
+        Ok(Self { clock, interrupts, pio, mmio, timers, console, channel, power, events })
     }
 
     // ---- buses --------------------------------------------------------------------------
@@ -367,11 +411,11 @@ impl Pc {
         self.wake_input(port);
     }
 
-    /// An access to the serial port may have made space for input.
+    /// An access to a serial port may have made space for input.
     fn wake_input(&self, port: u16) {
-        let is_serial = (SERIAL_PORT..SERIAL_PORT + 8).contains(&port);
-        if is_serial && self.input_waiters.load(Ordering::SeqCst) != 0 {
-            self.input_space.notify_all();
+        self.console.accessed(port);
+        if let Some(channel) = &self.channel {
+            channel.accessed(port);
         }
     }
 
@@ -488,22 +532,30 @@ impl Pc {
     /// Queues console input; returns how many bytes were taken. The rest is for another time:
     /// see [`Self::wait_input_space`].
     pub fn push_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.serial).device.push_input(bytes)
+        self.console.push(bytes)
     }
 
     /// Waits, at most `timeout`, until [`Self::push_input`] can take something. Returns whether it can.
     pub fn wait_input_space(&self, timeout: Duration) -> bool {
-        self.input_waiters.fetch_add(1, Ordering::SeqCst);
-        let guard = lock(&self.serial);
-        let result = self.input_space.wait_timeout_while(guard, timeout, |s| s.device.input_space() == 0);
-        self.input_waiters.fetch_sub(1, Ordering::SeqCst);
-        let (guard, _) = result.unwrap_or_else(PoisonError::into_inner);
-        guard.device.input_space() > 0
+        self.console.wait_space(timeout)
     }
 
-    /// Hands waiting console output on.
+    /// As [`Self::push_input`], for the second serial port; without one everything is taken and dropped.
+    pub fn push_channel_input(&self, bytes: &[u8]) -> usize {
+        self.channel.as_ref().map_or(bytes.len(), |c| c.push(bytes))
+    }
+
+    /// As [`Self::wait_input_space`], for the second serial port.
+    pub fn wait_channel_space(&self, timeout: Duration) -> bool {
+        self.channel.as_ref().is_none_or(|c| c.wait_space(timeout))
+    }
+
+    /// Hands waiting output of the serial ports on.
     pub fn flush_console(&self) {
-        lock(&self.serial).device.flush();
+        self.console.flush();
+        if let Some(channel) = &self.channel {
+            channel.flush();
+        }
     }
 
     /// The user presses the power button.

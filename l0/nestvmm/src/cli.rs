@@ -33,6 +33,12 @@ pub enum Command {
     /// Build an image, or show what is in one
     #[command(subcommand)]
     Image(ImageCommand),
+    /// In a guest: run the command that `run --exec` sends over a serial port
+    #[command(hide = true)]
+    ServeExec {
+        /// The terminal of the serial port
+        port: PathBuf,
+    },
     /// Measure speed, as ratios against a peer in the same run
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -115,7 +121,22 @@ pub struct BuildArgs {
     /// it is]
     #[arg(long, value_name = "FILE")]
     pub nestvmm: Option<PathBuf>,
-    /// File of the host to put into the initrd, and its path there; may be repeated
+    /// Whether L1 gets an L2 and the command boot-l2
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub l2: OnOff,
+    /// Package to take L2's kernel from [default: L1's kernel]
+    #[arg(long, value_name = "NAME")]
+    pub l2_kernel_package: Option<String>,
+    /// Kernel file for L2 [default: L1's kernel]
+    #[arg(long, value_name = "FILE", conflicts_with = "l2_kernel_package")]
+    pub l2_kernel_file: Option<PathBuf>,
+    /// L2's kernel command line
+    #[arg(long, value_name = "STRING", default_value = DEFAULT_COMMAND_LINE)]
+    pub l2_append: String,
+    /// File of the host to put into L2's initrd, and its path there; may be repeated
+    #[arg(long = "l2-file", value_name = "HOST=PATH", value_parser = parse_file)]
+    pub l2_files: Vec<(PathBuf, String)>,
+    /// File of the host to put into L1's initrd, and its path there; may be repeated
     #[arg(long = "file", value_name = "HOST=PATH", value_parser = parse_file)]
     pub files: Vec<(PathBuf, String)>,
     /// Kernel command line
@@ -190,9 +211,17 @@ pub struct RunArgs {
         value_parser = RangedU64ValueParser::<u64>::new().range(MIN_EPT02_PAGES..=MAX_EPT02_PAGES))]
     pub ept02_pages: u64,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
-    /// socket that is listened on) or none
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    pub console: ConsoleTarget,
+    /// socket that is listened on) or none [default: stdio; with --exec none, but the end is shown
+    /// when something goes wrong]
+    #[arg(long, value_name = "WHERE")]
+    pub console: Option<ConsoleTarget>,
+    /// Run COMMAND in the guest instead of a shell and end with its status; standard input, output and
+    /// error are the command's. For images that `nestvmm image build` made
+    #[arg(long, value_name = "COMMAND", conflicts_with = "debug_exit")]
+    pub exec: Option<String>,
+    /// Write how the command ended to FILE: "exited N", "signal N", or "unknown"
+    #[arg(long, value_name = "FILE", requires = "exec")]
+    pub exec_status: Option<PathBuf>,
     /// Say at the end why VM entries of the guest failed
     #[arg(long, value_enum, default_value_t = Explain::On)]
     pub explain_entries: Explain,
@@ -314,6 +343,8 @@ pub enum ConsoleTarget {
     File(PathBuf),
     /// A socket to listen on.
     Unix(PathBuf),
+    /// Nowhere, but the end is kept for a message.
+    Kept,
     /// Nowhere.
     None,
 }

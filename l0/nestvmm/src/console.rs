@@ -1,5 +1,6 @@
 //! Where the guest's serial console goes and where its input comes from.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,12 +21,27 @@ enum Sink {
     Stdout,
     File(File),
     Socket(Option<UnixStream>),
+    /// The last [`KEPT`] bytes, for a message.
+    Kept(VecDeque<u8>),
     None,
 }
+
+/// How much of the console's end is kept.
+const KEPT: usize = 2048;
 
 impl Output {
     fn new(sink: Sink) -> Self {
         Self(Arc::new(Mutex::new(sink)))
+    }
+    /// What the guest printed last, if that is kept.
+    pub fn kept(&self) -> String {
+        match &*self.lock() {
+            Sink::Kept(bytes) => {
+                let bytes: Vec<u8> = bytes.iter().copied().filter(|b| *b != b'\r').collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            _ => String::new(),
+        }
     }
     fn lock(&self) -> std::sync::MutexGuard<'_, Sink> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -41,6 +57,11 @@ impl Write for Output {
             }
             Sink::File(f) => f.write_all(buf),
             Sink::Socket(Some(s)) => s.write_all(buf),
+            Sink::Kept(kept) => {
+                kept.extend(buf);
+                kept.drain(..kept.len().saturating_sub(KEPT));
+                Ok(())
+            }
             Sink::Socket(None) | Sink::None => Ok(()),
         };
         if let Err(e) = result {
@@ -88,6 +109,7 @@ impl Console {
         Ok(match target {
             ConsoleTarget::Stdio => plain(Sink::Stdout, true),
             ConsoleTarget::None => plain(Sink::None, false),
+            ConsoleTarget::Kept => plain(Sink::Kept(VecDeque::new()), false),
             ConsoleTarget::File(path) => {
                 let file = File::create(path).map_err(|e| {
                     Failure::input(format!("--console file:{}: can't be written: {e}", path.display()))

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::cli::{BuildArgs, Compression, ImageCommand};
-use crate::image::{self, BuildOptions, ImageError, InitrdCompression, Inspection};
+use crate::cli::{BuildArgs, Compression, ImageCommand, OnOff};
+use crate::image::{self, BuildOptions, ImageError, InitrdCompression, Inspection, L2Options};
 use crate::status::Failure;
 
 /// Does what `command` says.
@@ -33,6 +33,13 @@ fn options(args: BuildArgs) -> BuildOptions {
     o.nestvmm = args.nestvmm;
     o.files = args.files;
     o.command_line = args.append;
+    o.l2 = L2Options {
+        present: args.l2 == OnOff::On,
+        kernel_package: args.l2_kernel_package,
+        kernel_file: args.l2_kernel_file,
+        files: args.l2_files,
+        command_line: args.l2_append,
+    };
     o.compression = match args.compression {
         Compression::None => InitrdCompression::None,
         Compression::Gzip => InitrdCompression::Gzip,

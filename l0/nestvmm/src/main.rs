@@ -5,6 +5,7 @@ mod cli;
 mod console;
 mod crash;
 mod doctor;
+mod exec;
 mod image;
 mod image_command;
 mod run;
@@ -19,8 +20,9 @@ use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     restore_terminal_on_panic();
-    let result = match Cli::parse().command {
+    let result = match parse().command {
         Command::Run(args) => run::run(&args),
+        Command::ServeExec { port } => exec::guest::serve(&port).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
         Command::Bench(command) => bench::bench(&command).map(|()| 0),
         Command::Image(command) => image_command::image(command).map(|()| 0),
@@ -29,6 +31,19 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => failure.report(),
     }
+}
+
+/// Reads the command line. A mistake in that of `run --exec` must not look like a status of the command.
+fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|e| {
+        let exec = |a: std::ffi::OsString| a == "--exec" || a.to_string_lossy().starts_with("--exec=");
+        if e.use_stderr() && std::env::args_os().any(exec) {
+            // Nothing can be done when standard error is closed.
+            let _ = e.print();
+            std::process::exit(exec::NO_STATUS.into());
+        }
+        e.exit()
+    })
 }
 
 /// A panic's message must not end up in a terminal that is in raw mode.

@@ -19,6 +19,8 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::{ConsoleTarget, EngineChoice, EntryPoint, Explain, OnCrash, OnOff, OnReset, RunArgs};
 use crate::console::{Console, Output};
 use crate::crash;
+use crate::exec::NO_STATUS;
+use crate::exec::host::Exec;
 use crate::session::{Running, Session};
 use crate::status::{self, Failure};
 use crate::terminal::RawMode;
@@ -33,23 +35,49 @@ const VCPU_STACK: usize = 16 << 20;
 /// # Errors
 /// [`Failure`] with the status to end with.
 pub fn run(args: &RunArgs) -> Result<u8, Failure> {
+    match &args.exec {
+        None => run_until_end(args, None),
+        // The statuses that have a meaning of their own otherwise are the command's here.
+        Some(command) => Exec::new(command, args.exec_status.clone())
+            .and_then(|exec| run_until_end(args, Some(&Arc::new(exec))))
+            .map_err(|failure| Failure { status: NO_STATUS, ..failure }),
+    }
+}
+
+fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure> {
     start_log(args)?;
     check_host_memory(args.memory.0)?;
-    let files = BootFiles::load(args)?;
-    let mut console = Console::open(&args.console)?;
+    let mut files = BootFiles::load(args)?;
+    let target = match (&args.console, exec) {
+        (Some(ConsoleTarget::Stdio), Some(_)) => {
+            return Err(Failure::usage(
+                "--console stdio: with --exec, these are the command's input and output",
+            ));
+        }
+        (Some(target), _) => target,
+        (None, Some(_)) => &ConsoleTarget::Kept,
+        (None, None) => &ConsoleTarget::Stdio,
+    };
+    let mut console = Console::open(target)?;
     let session = Arc::new(Session::default());
     session.start_signals()?;
-    let raw = match args.console {
+    if let Some(exec) = exec {
+        Exec::check_initrd(files.initrd.as_ref())?;
+        files.command_line = Some(Exec::command_line(files.command_line.as_deref()));
+        exec.start(&session)?;
+    }
+    let raw = match target {
         ConsoleTarget::Stdio => RawMode::enter()
             .map_err(|e| Failure::host(format!("the terminal can't be put into raw mode: {e}")))?,
         _ => None,
     };
     console.start_input(&session)?;
-    let result = run_machines(args, &files, &console.output, &session);
+    let result = run_machines(args, &files, &console.output, &session, exec);
     drop(raw);
-    match result? {
-        End::Status(s) => Ok(s),
-        End::Crash(text) => Err(Failure::new(status::GUEST_CRASH, text)),
+    match (result?, exec) {
+        (End::Status(s), None) => Ok(s),
+        (End::Crash(text), _) => Err(Failure::new(status::GUEST_CRASH, text)),
+        (End::Status(s), Some(exec)) => exec.end(s, &console.output.kept()),
     }
 }
 
@@ -65,11 +93,14 @@ fn run_machines(
     files: &BootFiles,
     output: &Output,
     session: &Arc<Session>,
+    exec: Option<&Arc<Exec>>,
 ) -> Result<End, Failure> {
     loop {
         let end = match args.engine {
-            EngineChoice::Kvm => boot_once(KvmEngine::new, args, files, output, session)?,
-            EngineChoice::Soft | EngineChoice::Auto => boot_once(soft_engine, args, files, output, session)?,
+            EngineChoice::Kvm => boot_once(KvmEngine::new, args, files, output, session, exec)?,
+            EngineChoice::Soft | EngineChoice::Auto => {
+                boot_once(soft_engine, args, files, output, session, exec)?
+            }
         };
         match end {
             RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
@@ -84,7 +115,8 @@ fn run_machines(
             RunEnd::Crash(report) => tracing::warn!("the guest crashed: {}", report.cause),
             RunEnd::Reset => {}
         }
-        if args.on_reset == OnReset::Exit {
+        // The next boot would run the command again.
+        if args.on_reset == OnReset::Exit || exec.is_some() {
             return Ok(End::Status(status::GUEST_RESET));
         }
         tracing::info!("the machine is reset");
@@ -108,6 +140,7 @@ fn boot_once<E: Engine + 'static>(
     files: &BootFiles,
     output: &Output,
     session: &Arc<Session>,
+    exec: Option<&Arc<Exec>>,
 ) -> Result<RunEnd, Failure> {
     let config = VmConfig {
         ram: args.memory.0,
@@ -133,6 +166,7 @@ fn boot_once<E: Engine + 'static>(
         utc_ns: None,
         clock: Some(builder.clock()),
         console: Box::new(output.clone()),
+        channel: exec.map(|e| -> Box<dyn io::Write + Send> { Box::new(e.port(session)) }),
     };
     let pc = Arc::new(Pc::new(pc_config, &builder.tscs()).map_err(Failure::internal)?);
     let tables = acpi::build(CPUS).map_err(Failure::internal)?;

@@ -85,14 +85,23 @@ impl Session {
     }
 
     /// Gives console input to the guest, waiting while its buffer is full.
-    pub fn push_input(&self, mut bytes: &[u8]) {
+    pub fn push_input(&self, bytes: &[u8]) {
+        self.push(bytes, Pc::push_input, Pc::wait_input_space);
+    }
+
+    /// Gives input of the second serial port to the guest, waiting while its buffer is full.
+    pub fn push_channel(&self, bytes: &[u8]) {
+        self.push(bytes, Pc::push_channel_input, Pc::wait_channel_space);
+    }
+
+    fn push(&self, mut bytes: &[u8], push: fn(&Pc, &[u8]) -> usize, wait: fn(&Pc, Duration) -> bool) {
         while !bytes.is_empty() && self.ending().is_none() {
             // Before the machine runs, and between two boots, input waits.
             let Some(r) = self.wait_running() else { return };
-            let taken = r.pc.push_input(bytes);
+            let taken = push(&r.pc, bytes);
             bytes = bytes.get(taken..).unwrap_or_default();
             if !bytes.is_empty() {
-                r.pc.wait_input_space(Duration::from_millis(100));
+                wait(&r.pc, Duration::from_millis(100));
             }
         }
     }

@@ -38,7 +38,10 @@ Exit status of `run`:
   10  internal error
   12  the guest reset the machine (--on-reset exit)
  130  quit with Ctrl-A x; 128+N when signal N ended the run
- odd  with --debug-exit, what the guest wrote: (value << 1) | 1";
+ odd  with --debug-exit, what the guest wrote: (value << 1) | 1
+
+With --exec it is the command's status (128+N when signal N ended the command), or
+ 125  when there is none: all that 2 to 12 mean above, and a guest that ended before the command";
 
 /// A message for the user and the status to end with.
 #[derive(Debug)]

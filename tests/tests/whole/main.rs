@@ -2,6 +2,7 @@
 
 mod boot;
 mod docs;
+mod exec;
 mod input;
 mod linux;
 mod nested;

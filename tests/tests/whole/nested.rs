@@ -1,7 +1,13 @@
 //! L1 as a hypervisor: what a distribution's KVM makes of the VMX that it is offered.
 
+use std::time::Duration;
+
 use tests::artifacts::Kernel;
-use tests::guest::{self, Guest};
+use tests::guest::{self, Guest, check_log};
+use tests::process::Launch;
+
+/// For a boot of L2 in L1 and a command there: half a minute when the machine is not busy.
+const L2: Duration = Duration::from_secs(400);
 
 /// Parameters of `kvm_intel` that say whether it uses a VMX feature, which it decides by the
 /// capability MSRs.
@@ -34,4 +40,35 @@ fn without_vmx_there_is_no_kvm() {
     assert!(!l1.succeed("grep -m1 flags /proc/cpuinfo").contains(" vmx "));
     l1.succeed("test ! -e /dev/kvm || test ! -d /sys/module/kvm_intel");
     l1.power_off();
+}
+
+/// Boots L2 in L1 on L1's KVM, both unmodified, and looks at what both say.
+fn l2_boots(l2: Kernel) {
+    let command =
+        "boot-l2 --exec 'uname -r; echo 6 7 | { read a b; echo $((a * b)); }; echo ==; dmesg -r; exit 7'
+        status=$?; echo ==; dmesg -r; exit $status";
+    let finished = Launch::new(["run"]).path(l2.image_as_l2()).args(&["--exec", command]).run(L2);
+    finished.expect_status(7);
+    let parts: Vec<&str> = finished.output.split("==\n").collect();
+    let [output, l2_log, l1_log] = parts.as_slice() else { panic!("{}", finished.output) };
+    let (release, product) = output.split_once('\n').expect("two lines");
+    assert!(release.ends_with(l2.flavour()), "{output}");
+    assert_eq!(product, "42\n");
+    for log in [l2_log, l1_log] {
+        check_log(log);
+        assert!(!log.contains("unimplemented"), "{log}");
+    }
+    assert!(l1_log.contains("nestvmm_channel=ttyS1"), "the second log is L1's");
+}
+
+#[test]
+fn l2_boots_under_kvm_in_l1() {
+    l2_boots(Kernel::Cloud);
+}
+
+/// The generic kernel has many more drivers, which look for their devices in vain.
+#[test]
+#[ignore = "slow"]
+fn slow_l2_with_the_generic_kernel_boots_under_kvm_in_l1() {
+    l2_boots(Kernel::Generic);
 }

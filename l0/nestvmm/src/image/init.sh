@@ -1,7 +1,8 @@
 #!/bin/sh
-# The first process of nestvmm's demonstration L1: mounts what programs expect, loads
-# KVM where the CPU has virtualization, and gives a shell on the console. Leaving the
-# shell powers the machine off.
+# The first process of the demonstration guests, L1 and L2: mounts what programs expect, loads
+# KVM where the CPU has virtualization, and then does one of three things: it serves
+# `nestvmm run --exec`, or runs a command of the kernel command line, or gives a shell on the
+# console. When that ends, the machine is powered off.
 
 export PATH=/sbin:/usr/sbin:/bin:/usr/bin HOME=/root SHELL=/bin/sh ENV=/etc/profile
 
@@ -15,8 +16,12 @@ mount -t devpts -o nosuid,noexec,gid=5,mode=0620 devpts /dev/pts
 mount -t tmpfs -o nosuid,nodev tmpfs /dev/shm
 mount -t tmpfs -o nosuid,nodev tmpfs /tmp
 mount -t tmpfs -o nosuid,nodev,mode=0755 tmpfs /run
+mount -t debugfs -o nosuid,nodev,noexec,mode=0700 debugfs /sys/kernel/debug 2>/dev/null
 ln -sf /proc/self/fd /dev/fd
-hostname l1
+# l1 or l2.
+read -r host </etc/hostname
+level=L${host#l}
+hostname "$host"
 ip link set lo up 2>/dev/null
 
 # Without VMX or SVM the modules would only complain, so they are not tried.
@@ -27,26 +32,31 @@ elif grep -qw svm /proc/cpuinfo; then
 fi
 
 cd /root
+# `nestvmm run --exec` names the serial port that it is at the other end of.
+if [ -n "$nestvmm_channel" ]; then
+    nestvmm serve-exec "/dev/$nestvmm_channel"
+    poweroff -f
+fi
 # nestvmm_exec="..." on the kernel command line runs a command instead of a shell.
 if [ -n "$nestvmm_exec" ]; then
     sh -c "$nestvmm_exec" </dev/console
-    echo "nestvmm: L1 command ended with status $?"
+    echo "nestvmm: $level command ended with status $?"
     sync
     poweroff -f
 fi
 
 # busybox's init does what process 1 has to: poweroff and reboot ask it, and what it
 # starts handles signals as usual (a background command of this script would ignore Ctrl-C).
-cat >/etc/inittab <<'EOF'
+cat >/etc/inittab <<'END'
 ::once:/etc/session
 ::ctrlaltdel:/bin/reboot
-EOF
-cat >/etc/session <<'EOF'
+END
+cat >/etc/session <<END
 #!/bin/sh
-echo "nestvmm: L1 ready"
+echo "nestvmm: $level ready"
 cd /root
 setsid cttyhack sh -i
 poweroff -f
-EOF
+END
 chmod 755 /etc/session
 exec init

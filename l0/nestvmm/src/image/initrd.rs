@@ -1,12 +1,17 @@
-//! The root file system of the demonstration L1, as an initramfs.
+//! The root file systems of the demonstration guests, as initramfs: L1's holds L2's kernel and
+//! initrd as files.
 
 use std::io::Write;
+
+use crate::exec;
 
 use super::cpio::Cpio;
 use super::kmod::Resolved;
 
 /// The first process.
 const INIT: &str = include_str!("init.sh");
+/// L1's command that boots L2.
+const BOOT_L2: &str = include_str!("boot-l2.sh");
 /// What interactive shells read first.
 const PROFILE: &str = "PS1='\\h:\\w\\$ '\n";
 
@@ -22,9 +27,31 @@ pub enum InitrdCompression {
     Lz4,
 }
 
+/// The guest that an initrd is for.
+#[derive(Debug)]
+pub(super) enum Level<'a> {
+    /// The outer one, and what it boots L2 with, if it can.
+    L1(Option<&'a L2>),
+    /// Its guest.
+    L2,
+}
+
+/// What L1 boots L2 with.
+#[derive(Debug)]
+pub(super) struct L2 {
+    /// The kernel.
+    pub kernel: Vec<u8>,
+    /// The packed initrd.
+    pub initrd: Vec<u8>,
+    /// The kernel command line.
+    pub options: String,
+}
+
 /// What goes into the initrd.
 #[derive(Debug)]
 pub(super) struct Contents<'a> {
+    /// Whose it is.
+    pub level: Level<'a>,
     /// Kernel release, the name of the modules' directory.
     pub release: &'a str,
     /// Kernel modules.
@@ -42,6 +69,10 @@ pub(super) struct Contents<'a> {
 /// Makes the cpio archive.
 pub(super) fn archive(contents: &Contents<'_>) -> Vec<u8> {
     let mut c = Cpio::default();
+    if contents.nestvmm.is_some() {
+        // First, so that it is found without unpacking everything.
+        c.file(exec::MARK, 0o644, exec::MARK_TEXT);
+    }
     for dir in [
         "bin",
         "dev",
@@ -69,10 +100,17 @@ pub(super) fn archive(contents: &Contents<'_>) -> Vec<u8> {
     if let Some(nestvmm) = contents.nestvmm {
         c.file("bin/nestvmm", 0o755, nestvmm);
     }
+    if let Level::L1(Some(l2)) = &contents.level {
+        c.file("bin/boot-l2", 0o755, BOOT_L2.as_bytes());
+        c.file("boot/l2/linux", 0o644, &l2.kernel);
+        c.file("boot/l2/initrd", 0o644, &l2.initrd);
+        c.file("boot/l2/options", 0o644, format!("{}\n", l2.options).as_bytes());
+    }
     c.file("etc/profile", 0o644, PROFILE.as_bytes());
     c.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     c.file("etc/group", 0o644, b"root:x:0:\ntty:x:5:\n");
-    c.file("etc/hostname", 0o644, b"l1\n");
+    let hostname = if matches!(contents.level, Level::L2) { "l2\n" } else { "l1\n" };
+    c.file("etc/hostname", 0o644, hostname.as_bytes());
     let base = format!("lib/modules/{}", contents.release);
     for module in contents.modules.modules.values() {
         c.file(&format!("{base}/{}", module.path), 0o644, &module.data);

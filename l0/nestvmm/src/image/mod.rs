@@ -1,5 +1,5 @@
-//! `nestvmm image`: building the demonstration L1 as a disk image, and showing what is in
-//! an image.
+//! `nestvmm image`: building the demonstration L1, which holds an L2, as a disk image, and showing
+//! what is in an image.
 //!
 //! Not supported: root file systems beside the initrd, signatures (Secure Boot), kernels
 //! for anything but x86-64.
@@ -25,6 +25,7 @@ pub use initrd::InitrdCompression;
 pub use inspect::{Inspection, inspect};
 
 use apt::{Apt, mebibytes};
+use initrd::Level;
 use kmod::{ModulesDir, PackedModules, Resolved};
 
 /// The package that a kernel comes from unless another is asked for.
@@ -58,12 +59,41 @@ pub struct BuildOptions {
     pub busybox: Option<PathBuf>,
     /// A statically linked nestvmm; `None` looks for one.
     pub nestvmm: Option<PathBuf>,
-    /// More files for the initrd: host file and path in L1.
+    /// More files for L1's initrd: host file and path in L1.
     pub files: Vec<(PathBuf, String)>,
+    /// What L2 is made of.
+    pub l2: L2Options,
     /// Kernel command line.
     pub command_line: String,
     /// How the initrd is packed.
     pub compression: InitrdCompression,
+}
+
+/// What L2 is made of. Its user space is the same as L1's.
+#[derive(Clone, Debug)]
+pub struct L2Options {
+    /// Whether there is one.
+    pub present: bool,
+    /// Package to take the kernel and its modules from; `None` takes L1's kernel.
+    pub kernel_package: Option<String>,
+    /// A kernel file to take instead of a package.
+    pub kernel_file: Option<PathBuf>,
+    /// More files for L2's initrd: host file and path in L2.
+    pub files: Vec<(PathBuf, String)>,
+    /// Kernel command line.
+    pub command_line: String,
+}
+
+impl Default for L2Options {
+    fn default() -> Self {
+        Self {
+            present: true,
+            kernel_package: None,
+            kernel_file: None,
+            files: Vec::new(),
+            command_line: DEFAULT_COMMAND_LINE.into(),
+        }
+    }
 }
 
 impl BuildOptions {
@@ -79,6 +109,7 @@ impl BuildOptions {
             busybox: None,
             nestvmm: None,
             files: Vec::new(),
+            l2: L2Options::default(),
             command_line: DEFAULT_COMMAND_LINE.into(),
             compression: InitrdCompression::None,
         }
@@ -100,6 +131,8 @@ pub struct BuildReport {
     pub modules: Vec<String>,
     /// Size of the initrd in bytes.
     pub initrd_size: u64,
+    /// Release of L2's kernel and where it came from, if there is an L2.
+    pub l2_kernel: Option<(String, String)>,
     /// Whether nestvmm itself is in it.
     pub has_nestvmm: bool,
     /// What the user should know.
@@ -113,11 +146,44 @@ impl fmt::Display for BuildReport {
         let modules = if self.modules.is_empty() { "none".into() } else { self.modules.join(", ") };
         writeln!(f, "  modules  {modules}")?;
         writeln!(f, "  initrd   {}", mebibytes(self.initrd_size))?;
+        match &self.l2_kernel {
+            Some((release, source)) => {
+                writeln!(f, "  L2       {release} from {source}; boot-l2 in L1 boots it")?
+            }
+            None => writeln!(f, "  L2       none")?,
+        }
         write!(f, "  nestvmm  {}", if self.has_nestvmm { "/bin/nestvmm" } else { "none" })?;
         for n in &self.notices {
             write!(f, "\nnote: {n}")?;
         }
         Ok(())
+    }
+}
+
+/// Where a kernel and its modules come from.
+struct KernelSource<'a> {
+    package: &'a str,
+    file: Option<&'a Path>,
+    modules_dir: Option<&'a Path>,
+    modules: &'a [String],
+}
+
+impl KernelSource<'_> {
+    fn get(&self, apt: &mut Apt) -> Result<Kernel, ImageError> {
+        let kernel = match self.file {
+            Some(path) => kernel_from_file(path, self)?,
+            None => kernel_from_package(apt, self)?,
+        };
+        for name in self.modules {
+            if !kernel.modules.modules.contains_key(&name.replace('-', "_")) {
+                return Err(ImageError::BadOption(format!("kernel {} has no module {name}", kernel.release)));
+            }
+        }
+        Ok(kernel)
+    }
+
+    fn wanted(&self) -> Vec<&str> {
+        KVM_MODULES.into_iter().chain(self.modules.iter().map(String::as_str)).collect()
     }
 }
 
@@ -145,53 +211,83 @@ pub fn build(options: BuildOptions) -> Result<BuildReport, ImageError> {
     let (nestvmm, notice) = find_nestvmm(options.nestvmm.as_deref())?;
     let nestvmm = nestvmm.map(|n| without_debug_information(n.data));
     notices.extend(notice);
-    let mut extra = Vec::new();
-    for (from, to) in &options.files {
-        extra.push(extra_file(from, to)?);
-    }
+    let extra = extra_files(&options.files)?;
+    let l2_extra = extra_files(&options.l2.files)?;
     let own_busybox = match &options.busybox {
         Some(path) => Some(static_program(path, "--busybox")?),
         None => None,
     };
     let cache = Cache::open()?;
     let mut apt = Apt::new(cache.path())?;
-    let kernel = match &options.kernel_file {
-        Some(path) => kernel_from_file(path, &options)?,
-        None => kernel_from_package(&mut apt, &options)?,
+    let source = KernelSource {
+        package: &options.kernel_package,
+        file: options.kernel_file.as_deref(),
+        modules_dir: options.modules_dir.as_deref(),
+        modules: &options.modules,
     };
-    for name in &options.modules {
-        if !kernel.modules.modules.contains_key(&name.replace('-', "_")) {
-            return Err(ImageError::BadOption(format!("kernel {} has no module {name}", kernel.release)));
-        }
-    }
-    notices.extend(module_notice(&kernel));
+    let kernel = source.get(&mut apt)?;
+    notices.extend(module_notice("L1", &kernel));
+    let own_l2_kernel = l2_kernel(&options, &mut apt)?;
+    notices.extend(own_l2_kernel.as_ref().and_then(|k| module_notice("L2", k)));
     let busybox = match own_busybox {
         Some(b) => b,
         None => busybox_from_package(&mut apt)?,
     };
     let applets = list_applets(&busybox);
-
-    let archive = initrd::archive(&initrd::Contents {
-        release: &kernel.release,
-        modules: &kernel.modules,
-        busybox: &busybox.data,
-        applets: &applets,
-        nestvmm: nestvmm.as_deref(),
-        extra: &extra,
-    });
+    let archive = |level, kernel: &Kernel, extra| {
+        initrd::archive(&initrd::Contents {
+            level,
+            release: &kernel.release,
+            modules: &kernel.modules,
+            busybox: &busybox.data,
+            applets: &applets,
+            nestvmm: nestvmm.as_deref(),
+            extra,
+        })
+    };
     let write = |source| ImageError::Write { path: options.output.clone(), source };
+
+    // Without nestvmm in L1, nothing there could boot an L2.
+    let l2_kernel =
+        (options.l2.present && nestvmm.is_some()).then(|| own_l2_kernel.as_ref().unwrap_or(&kernel));
+    let l2 = match l2_kernel {
+        None => None,
+        Some(kernel) => Some(initrd::L2 {
+            kernel: kernel.file.data.clone(),
+            initrd: initrd::pack(archive(Level::L2, kernel, &l2_extra), options.compression)
+                .map_err(write)?,
+            options: options.l2.command_line.clone(),
+        }),
+    };
+    let archive = archive(Level::L1(l2.as_ref()), &kernel, &extra);
     let initrd = initrd::pack(archive, options.compression).map_err(write)?;
     let size = write_image(&options, &kernel, &initrd).map_err(write)?;
     Ok(BuildReport {
         output: options.output.clone(),
         size,
+        initrd_size: initrd.len() as u64,
+        has_nestvmm: nestvmm.is_some(),
+        l2_kernel: l2_kernel.map(|k| (k.release.clone(), k.source.clone())),
+        notices,
         kernel_release: kernel.release,
         kernel_source: kernel.source,
         modules: kernel.modules.modules.into_keys().collect(),
-        initrd_size: initrd.len() as u64,
-        has_nestvmm: nestvmm.is_some(),
-        notices,
     })
+}
+
+/// L2's kernel, if it is to be another than L1's.
+fn l2_kernel(options: &BuildOptions, apt: &mut Apt) -> Result<Option<Kernel>, ImageError> {
+    let l2 = &options.l2;
+    if !l2.present || (l2.kernel_file.is_none() && l2.kernel_package.is_none()) {
+        return Ok(None);
+    }
+    let source = KernelSource {
+        package: l2.kernel_package.as_deref().unwrap_or(DEFAULT_KERNEL_PACKAGE),
+        file: l2.kernel_file.as_deref(),
+        modules_dir: None,
+        modules: &[],
+    };
+    source.get(apt).map(Some)
 }
 
 /// Refuses an output that can't be written before any work is done for it.
@@ -231,12 +327,12 @@ fn write_image(options: &BuildOptions, kernel: &Kernel, initrd: &[u8]) -> std::i
     disk::write(&options.output, &files)
 }
 
-fn module_notice(kernel: &Kernel) -> Option<String> {
+fn module_notice(level: &str, kernel: &Kernel) -> Option<String> {
     if kernel.modules.missing.is_empty() {
         return None;
     }
     let missing = kernel.modules.missing.join(", ");
-    Some(format!("no module file for {missing}: L1 has {missing} only if the kernel has it built in"))
+    Some(format!("no module file for {missing}: {level} has {missing} only if the kernel has it built in"))
 }
 
 /// The kernel's release: the first word of the version string in its header.
@@ -252,22 +348,18 @@ fn kernel_release(file: &BootFile) -> Result<String, ImageError> {
     Ok(release.to_owned())
 }
 
-fn kernel_from_file(path: &Path, options: &BuildOptions) -> Result<Kernel, ImageError> {
+fn kernel_from_file(path: &Path, source: &KernelSource<'_>) -> Result<Kernel, ImageError> {
     let file = machine::image::read_file(path, FILE_MAX)?;
     let release = kernel_release(&file)?;
-    let modules = match &options.modules_dir {
-        Some(dir) => kmod::resolve(&ModulesDir::scan(dir)?, &wanted(options))?,
-        None => kmod::resolve(&PackedModules::default(), &wanted(options))?,
+    let modules = match source.modules_dir {
+        Some(dir) => kmod::resolve(&ModulesDir::scan(dir)?, &source.wanted())?,
+        None => kmod::resolve(&PackedModules::default(), &source.wanted())?,
     };
     Ok(Kernel { source: path.display().to_string(), file, release, modules })
 }
 
-fn wanted(options: &BuildOptions) -> Vec<&str> {
-    KVM_MODULES.into_iter().chain(options.modules.iter().map(String::as_str)).collect()
-}
-
-fn kernel_from_package(apt: &mut Apt, options: &BuildOptions) -> Result<Kernel, ImageError> {
-    let mut package = apt.show(&options.kernel_package)?;
+fn kernel_from_package(apt: &mut Apt, from: &KernelSource<'_>) -> Result<Kernel, ImageError> {
+    let mut package = apt.show(from.package)?;
     // From "linux-image-amd64" to "linux-image-6.1.0-13-amd64", maybe over another step.
     for _ in 0..4 {
         let Some(next) = package.depends.iter().find(|d| is_versioned(d, "linux-image-")) else { break };
@@ -302,7 +394,7 @@ fn kernel_from_package(apt: &mut Apt, options: &BuildOptions) -> Result<Kernel, 
     })?;
     let file = BootFile { name: format!("{}: {}", package.name, found.path), data: found.data };
     let release = kernel_release(&file)?;
-    let modules = kmod::resolve(&source, &wanted(options))?;
+    let modules = kmod::resolve(&source, &from.wanted())?;
     let source = format!("package {} {}", package.name, package.version);
     Ok(Kernel { file, release, source, modules })
 }
@@ -420,10 +512,14 @@ fn find_nestvmm(asked: Option<&Path>) -> Result<(Option<BootFile>, Option<String
     Ok((None, Some(notice.into())))
 }
 
+fn extra_files(files: &[(PathBuf, String)]) -> Result<Vec<(String, u32, Vec<u8>)>, ImageError> {
+    files.iter().map(|(from, to)| extra_file(from, to)).collect()
+}
+
 fn extra_file(from: &Path, to: &str) -> Result<(String, u32, Vec<u8>), ImageError> {
     let clean = to.trim_start_matches('/');
     if clean.is_empty() || clean.ends_with('/') || clean.split('/').any(|p| matches!(p, "" | "." | "..")) {
-        return Err(ImageError::BadOption(format!("{to:?} is not a path of a file in L1")));
+        return Err(ImageError::BadOption(format!("{to:?} is not a path of a file in the guest")));
     }
     let read = |source| ImageError::Read { path: from.to_owned(), source };
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(from).map_err(read)?.permissions());

@@ -94,6 +94,12 @@ fn what_is_built_is_read_back() {
     for name in ["init", "bin/busybox", "bin/nestvmm", "opt/bin/tool", "dev/console"] {
         assert!(contains(&initrd, format!("{name}\0").as_bytes()), "{name}");
     }
+    for name in [crate::exec::MARK, "bin/boot-l2", "boot/l2/linux", "boot/l2/initrd", "boot/l2/options"] {
+        assert!(contains(&initrd, format!("{name}\0").as_bytes()), "{name}");
+    }
+    assert!(contains(&initrd, b"l1\n") && contains(&initrd, b"l2\n"), "host names");
+    crate::exec::host::Exec::check_initrd(Some(&BootFile { name: "initrd".into(), data: initrd.clone() }))
+        .unwrap();
     assert!(contains(&initrd, b"kernel/kvm/kvm-intel.ko: kernel/kvm/kvm.ko kernel/irqbypass.ko\n"));
     assert!(contains(&initrd, b"lib/modules/6.9.0-test/kernel/kvm/kvm-intel.ko\0"));
 
@@ -107,6 +113,46 @@ fn what_is_built_is_read_back() {
         "not compressed",
     ] {
         assert!(text.contains(part), "{part:?} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn what_l2_is_made_of() {
+    let s = setup();
+    let at = |name: &str| s.dir.path().join(name);
+    fs::write(at("other"), fake_kernel("6.8.0-other (me) #2")).unwrap();
+    let built = |l2: L2Options| {
+        let report = build(BuildOptions { force: true, l2, ..s.options.clone() }).unwrap();
+        let source = reading::open(&s.options.output, None, 64 << 20).unwrap();
+        (report, source.initrd.unwrap().data)
+    };
+    let (report, initrd) = built(L2Options { present: false, ..L2Options::default() });
+    assert_eq!(report.l2_kernel, None);
+    assert!(!contains(&initrd, b"boot-l2\0"));
+
+    let (report, _) = built(L2Options::default());
+    assert_eq!(report.l2_kernel.unwrap().0, "6.9.0-test", "L1's kernel");
+
+    let (report, initrd) = built(L2Options {
+        kernel_file: Some(at("other")),
+        files: vec![(at("tool"), "/opt/l2-tool".into())],
+        command_line: "console=ttyS0 only-l2".into(),
+        ..L2Options::default()
+    });
+    assert_eq!(report.l2_kernel.unwrap().0, "6.8.0-other");
+    assert!(report.notices.iter().any(|n| n.contains("L2 has")), "{:?}", report.notices);
+    for part in ["6.8.0-other (me)", "opt/l2-tool\0", "console=ttyS0 only-l2\n", "lib/modules/6.8.0-other"] {
+        assert!(contains(&initrd, part.as_bytes()), "{part}");
+    }
+}
+
+#[test]
+fn a_compressed_initrd_serves_commands_too() {
+    let s = setup();
+    for compression in [InitrdCompression::Gzip, InitrdCompression::Lz4] {
+        build(BuildOptions { force: true, compression, ..s.options.clone() }).unwrap();
+        let source = reading::open(&s.options.output, None, 64 << 20).unwrap();
+        crate::exec::host::Exec::check_initrd(source.initrd.as_ref()).unwrap();
     }
 }
 
