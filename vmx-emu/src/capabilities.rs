@@ -211,7 +211,10 @@ pub struct L1Cpu {
     pub cr4: u64,
     /// MAXPHYADDR.
     pub physical_bits: u8,
-    /// Secondary controls that belong to instructions which CPUID hides from L1.
+    /// Pin-based controls that are not to be offered.
+    pub withheld_pin: P,
+    /// Secondary controls that are not to be offered, such as those of instructions that CPUID hides
+    /// from L1.
     pub withheld: S,
 }
 
@@ -305,6 +308,7 @@ impl Capabilities {
     /// What L1 is offered on `engine`.
     pub fn new(engine: &VmxCapabilities, cpu: &L1Cpu) -> Self {
         let mut pin = offered(PIN, engine.pin, default1::PIN_RESERVED);
+        pin.may_be_one &= !cpu.withheld_pin.bits();
         let primary = offered(PRIMARY, engine.primary, default1::PRIMARY_RESERVED);
         let mut secondary = offered(SECONDARY, engine.secondary, 0);
         secondary.may_be_one &= !cpu.withheld.bits();
@@ -524,7 +528,8 @@ pub(crate) mod tests {
         }
     }
 
-    pub(crate) const CPU: L1Cpu = L1Cpu { cr4: 0x3727ff, physical_bits: 40, withheld: S::empty() };
+    pub(crate) const CPU: L1Cpu =
+        L1Cpu { cr4: 0x3727ff, physical_bits: 40, withheld_pin: P::empty(), withheld: S::empty() };
 
     pub(crate) fn full() -> Capabilities {
         Capabilities::new(&full_engine(), &CPU)

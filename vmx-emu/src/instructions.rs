@@ -115,8 +115,8 @@ pub fn execute<T: L1 + ?Sized>(
     let result = match exit.reason {
         ExitReason::Vmread => vmread::vmread(state, caps, l1, exit),
         ExitReason::Vmwrite => vmwrite::vmwrite(state, caps, l1, exit),
-        ExitReason::Vmresume => entry::vmresume(state, l1),
-        ExitReason::Vmlaunch => entry::vmlaunch(state, l1),
+        ExitReason::Vmresume => entry::vmresume(state, caps, l1),
+        ExitReason::Vmlaunch => entry::vmlaunch(state, caps, l1),
         ExitReason::Vmptrld => vmptrld::vmptrld(state, caps, l1, exit),
         ExitReason::Vmptrst => vmptrst::vmptrst(state, l1, exit),
         ExitReason::Vmclear => vmclear::vmclear(state, caps, l1, exit),

@@ -6,6 +6,7 @@
 pub mod capabilities;
 pub mod checks;
 pub mod enter;
+pub mod evmcs;
 pub mod explain;
 pub mod fields;
 pub mod instructions;

@@ -3,6 +3,7 @@
 use memory::L1Gpa;
 
 use crate::capabilities::{Capabilities, FeatureControl};
+use crate::evmcs::{self, Evmcs};
 use crate::explain::InstructionError;
 use crate::fields::Field;
 use crate::physical::L1Physical;
@@ -27,11 +28,22 @@ pub enum Operation {
     },
 }
 
+/// What a VMCS is in L1's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A VMCS region of the SDM, which L1 accesses by VMREAD and VMWRITE.
+    Region,
+    /// An enlightened VMCS ([`crate::evmcs`]), which L1 accesses as memory.
+    Enlightened,
+}
+
 /// The current VMCS.
 #[derive(Clone, Debug)]
 pub struct CurrentVmcs {
-    /// Its region in L1's memory.
+    /// Where it is in L1's memory.
     pub pointer: L1Gpa,
+    /// What it is there.
+    pub form: Form,
     /// Its content, newer than the region's.
     pub vmcs: Box<Vmcs12>,
 }
@@ -45,12 +57,14 @@ pub struct VmxState {
     current: Option<CurrentVmcs>,
     /// IA32_FEATURE_CONTROL.
     pub feature_control: FeatureControl,
+    /// L1's virtual-processor assist page, which can name an enlightened VMCS.
+    pub assist_page: Option<L1Gpa>,
 }
 
 impl VmxState {
     /// Outside VMX operation, with IA32_FEATURE_CONTROL as firmware left it.
     pub const fn new(feature_control: FeatureControl) -> Self {
-        Self { operation: Operation::Off, current: None, feature_control }
+        Self { operation: Operation::Off, current: None, feature_control, assist_page: None }
     }
 
     /// Whether L1 is in VMX operation, and how.
@@ -77,17 +91,28 @@ impl VmxState {
         }
     }
 
-    /// The current-VMCS pointer, unless it is invalid.
+    /// The current-VMCS pointer of VMPTRLD and VMPTRST, unless it is invalid. It is while an enlightened
+    /// VMCS is in use, and VMREAD and VMWRITE have nothing to access.
+    pub fn region_pointer(&self) -> Option<L1Gpa> {
+        self.current.as_ref().filter(|c| c.form == Form::Region).map(|c| c.pointer)
+    }
+
+    /// The enlightened VMCS in use.
+    fn enlightened(&self) -> Option<&CurrentVmcs> {
+        self.current.as_ref().filter(|c| c.form == Form::Enlightened)
+    }
+
+    /// Where the VMCS is that VM entries use.
     pub fn current_pointer(&self) -> Option<L1Gpa> {
         self.current.as_ref().map(|c| c.pointer)
     }
 
-    /// The current VMCS.
+    /// The VMCS that VM entries use.
     pub fn current(&self) -> Option<&Vmcs12> {
         self.current.as_ref().map(|c| &*c.vmcs)
     }
 
-    /// The current VMCS, to be changed.
+    /// The same, to be changed.
     pub fn current_mut(&mut self) -> Option<&mut Vmcs12> {
         self.current.as_mut().map(|c| &mut *c.vmcs)
     }
@@ -140,18 +165,20 @@ impl VmxState {
     pub fn reset(&mut self) {
         self.operation = Operation::Off;
         self.current = None;
+        self.assist_page = None;
     }
 
     /// Makes the region at `pointer`, whose content is `vmcs`, the current VMCS; the one before
     /// goes to memory.
     pub(crate) fn load(&mut self, memory: &dyn L1Physical, pointer: L1Gpa) {
-        if self.current_pointer() == Some(pointer) {
+        if self.region_pointer() == Some(pointer) {
             return;
         }
         self.release(memory);
         let mut region = [0; REGION_SIZE];
         memory.read(pointer, &mut region);
-        self.current = Some(CurrentVmcs { pointer, vmcs: Box::new(Vmcs12::from_region(&region)) });
+        let vmcs = Box::new(Vmcs12::from_region(&region));
+        self.current = Some(CurrentVmcs { pointer, form: Form::Region, vmcs });
     }
 
     /// Writes the current VMCS to its region and leaves none current.
@@ -161,10 +188,61 @@ impl VmxState {
     }
 
     /// Writes the current VMCS to its region. It stays current. For a reader of L1's memory
-    /// who should see it, such as a snapshot.
+    /// who should see it, such as a snapshot. In an enlightened VMCS everything is there already.
     pub fn flush(&self, memory: &dyn L1Physical) {
-        if let Some(c) = &self.current {
+        if let Some(c) = self.current.as_ref().filter(|c| c.form == Form::Region) {
             c.vmcs.write_region(memory, c.pointer);
+        }
+    }
+
+    /// Has VM entries use the enlightened VMCS at `pointer`, whose content is `evmcs`: with
+    /// `changes_only`, if it is the one of the last entry, L0's copy is still good but for what L1
+    /// has not marked clean.
+    pub(crate) fn load_enlightened(
+        &mut self,
+        memory: &dyn L1Physical,
+        pointer: L1Gpa,
+        evmcs: &Evmcs,
+        changes_only: bool,
+    ) {
+        match &mut self.current {
+            Some(c) if c.form == Form::Enlightened && c.pointer == pointer => {
+                if changes_only {
+                    evmcs.load_changed(&mut c.vmcs);
+                } else {
+                    evmcs.load_all(&mut c.vmcs);
+                }
+            }
+            _ => {
+                self.release(memory);
+                let mut vmcs = Box::<Vmcs12>::default();
+                evmcs.load_all(&mut vmcs);
+                self.current = Some(CurrentVmcs { pointer, form: Form::Enlightened, vmcs });
+            }
+        }
+    }
+
+    /// Ends the use of an enlightened VMCS: none is current then.
+    pub(crate) fn drop_enlightened(&mut self) {
+        if self.enlightened().is_some() {
+            self.current = None;
+        }
+    }
+
+    /// Shows L1 what an exit, or an entry that failed as one does, left in its enlightened VMCS. To be
+    /// called before L1 runs on. Does nothing for an ordinary VMCS.
+    pub fn store_enlightened(&self, memory: &dyn L1Physical) {
+        if let Some(c) = self.enlightened() {
+            let mut evmcs = Evmcs::read(memory, c.pointer);
+            evmcs.store_exit(&c.vmcs);
+            evmcs.write(memory, c.pointer);
+        }
+    }
+
+    /// The same after VMfailValid, which changes the VM-instruction error alone.
+    pub fn store_instruction_error(&self, memory: &dyn L1Physical) {
+        if let Some(c) = self.enlightened() {
+            evmcs::write_instruction_error(memory, c.pointer, &c.vmcs);
         }
     }
 

@@ -1,10 +1,9 @@
-//! VMCS access by L1 without an exit: a page that stands for the current VMCS.
+//! VMREAD and VMWRITE of L1 without an exit: a page that stands for the current VMCS.
 //!
-//! The page has the layout of a VMCS region ([`shadow_layout`](crate::shadow_layout)). In
-//! shadow mode an engine with VMCS shadowing executes L1's VMREAD and VMWRITE against it
-//! (SDM Vol. 3C §25.10); in direct mode L1's own code loads and stores there, as Turtles'
-//! direct reads and writes did. Either way L0 takes the page's content over ([`load`]) before
-//! it looks at VMCS12, and brings the page up to date ([`store`]) before L1 runs on:
+//! The page has the layout of a VMCS region ([`shadow_layout`](crate::shadow_layout)). An
+//! engine with VMCS shadowing executes L1's VMREAD and VMWRITE against it (SDM Vol. 3C §25.10).
+//! L0 takes the page's content over ([`load`]) before it looks at VMCS12, and brings the page up
+//! to date ([`store`]) before L1 runs on:
 //!
 //! - at every VMX instruction of L1 that still exits: load, execute, store;
 //! - when an exit of L2 has been reflected to L1: store.

@@ -19,7 +19,7 @@ use vmx_emu::checks::{self, Area, CHECKS, GuestCause, MsrBits, ReadPhysical};
 use vmx_emu::route::{self, Owner};
 use vmx_emu::{Capabilities, Field, InstructionError, L1Physical, Vmcs12};
 use x86_spec::caps::{AllowedControls, VmxCapabilities};
-use x86_spec::controls::{PrimaryControls, SecondaryControls};
+use x86_spec::controls::{PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exit::{ExitReason, cr_access};
 use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::msr;
@@ -185,7 +185,12 @@ fn engine_capabilities() -> VmxCapabilities {
 }
 
 fn offered() -> Capabilities {
-    let cpu = L1Cpu { cr4: 0, physical_bits: 46, withheld: SecondaryControls::empty() };
+    let cpu = L1Cpu {
+        cr4: 0,
+        physical_bits: 46,
+        withheld_pin: PinbasedControls::empty(),
+        withheld: SecondaryControls::empty(),
+    };
     Capabilities::new(&engine_capabilities(), &cpu)
 }
 

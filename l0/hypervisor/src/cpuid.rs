@@ -10,10 +10,12 @@
 //! looking for what its model number promises (uncore counters, RAPL, C-states, the
 //! microcode loader and its "old microcode" check), each of which ends in a #GP or in a
 //! warning in its log; with the bit and no leaf it uses neither those nor any
-//! paravirtualization.
+//! paravirtualization. Direct VMCS access needs the leaves of [`crate::hyperv`].
 
 use engine::CpuidEntry;
 use x86_spec::reg::{cr4, xcr0};
+
+use crate::hyperv;
 
 /// Family 6, model 8FH, stepping 8.
 pub const SIGNATURE: u32 = 0x0008_06f8;
@@ -67,6 +69,8 @@ pub struct CpuidState {
     pub apic_enabled: bool,
     /// The APIC ID of the processor that executes CPUID.
     pub apic_id: u32,
+    /// L1 has not asked yet for the invariant TSC, as Hyper-V wants it to.
+    pub hides_invariant_tsc: bool,
 }
 
 /// The relation between TSC and core crystal clock (CPUID leaf 15H).
@@ -119,6 +123,7 @@ pub struct CpuidModel {
     crystal: Crystal,
     tsc_mhz: u32,
     cpus: u32,
+    hyperv: bool,
 }
 
 impl CpuidModel {
@@ -150,6 +155,7 @@ impl CpuidModel {
             crystal: Crystal::for_tsc(tsc_hz),
             tsc_mhz: u32::try_from(tsc_hz / 1_000_000).unwrap_or(u32::MAX),
             cpus: cpus.max(1),
+            hyperv: false,
         }
     }
 
@@ -172,6 +178,18 @@ impl CpuidModel {
     #[must_use]
     pub fn with_vmx(mut self) -> Self {
         self.leaf1[2] |= LEAF1_ECX_VMX;
+        self
+    }
+
+    /// Whether Hyper-V's interface is shown.
+    pub fn has_hyperv(&self) -> bool {
+        self.hyperv
+    }
+
+    /// Shows Hyper-V's interface, for the enlightened VMCS.
+    #[must_use]
+    pub fn with_hyperv(mut self) -> Self {
+        self.hyperv = true;
         self
     }
 
@@ -219,7 +237,9 @@ impl CpuidModel {
     /// Executes CPUID.
     pub fn query(&self, leaf: u32, subleaf: u32, state: &CpuidState) -> [u32; 4] {
         match leaf {
+            0x4000_0000..=0x4fff_ffff if self.hyperv => hyperv::cpuid(leaf, self.cpus),
             0x4000_0000..=0x4fff_ffff => [0; 4],
+            0x8000_0007 if state.hides_invariant_tsc => [0; 4],
             0x8000_0000..=MAX_EXTENDED => self.extended(leaf),
             0..=MAX_BASIC => self.basic(leaf, subleaf, state),
             // "If a value entered for CPUID.EAX is higher than the maximum input value … the data
@@ -351,7 +371,8 @@ mod tests {
     fn bare() -> CpuidModel {
         CpuidModel::new(|_, _| [0; 4], 2_500_000_000, 1)
     }
-    const ON: CpuidState = CpuidState { cr4: 0, xcr0: 1, xss: 0, apic_enabled: true, apic_id: 0 };
+    const ON: CpuidState =
+        CpuidState { cr4: 0, xcr0: 1, xss: 0, apic_enabled: true, apic_id: 0, hides_invariant_tsc: false };
 
     #[test]
     fn the_table_has_what_cpuid_gives() {

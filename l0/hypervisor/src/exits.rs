@@ -186,6 +186,11 @@ fn cpuid<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
         xss: cpu.regs.msrs.xss,
         apic_enabled: base & 1 << 11 != 0,
         apic_id: cpu.index() as u32,
+        hides_invariant_tsc: cpu
+            .nested
+            .as_ref()
+            .and_then(|n| n.hyperv.as_ref())
+            .is_some_and(|h| !h.shows_invariant_tsc()),
     };
     let (leaf, subleaf) = (cpu.regs.gpr[gpr::RAX] as u32, cpu.regs.gpr[gpr::RCX] as u32);
     let [a, b, c, d] = cpu.vm().cpuid().query(leaf, subleaf, &state);
@@ -365,6 +370,9 @@ impl<E: Engine> VcpuLoop<E> {
         if let Some(v) = self.nested.as_ref().and_then(|n| n.read_msr(msr)) {
             return Ok(v);
         }
+        if let Some(result) = self.read_synthetic_msr(msr) {
+            return result;
+        }
         let vm = self.vm().clone();
         let mut apic = CpuApic { board: vm.board(), cpu: self.index() };
         let mut cx = MsrContext { guest: &mut self.vmcs.guest, regs: &mut self.regs, apic: &mut apic };
@@ -379,6 +387,9 @@ impl<E: Engine> VcpuLoop<E> {
         if let Some(result) = self.nested.as_mut().and_then(|n| n.write_msr(msr, value)) {
             return result;
         }
+        if let Some(result) = self.write_synthetic_msr(msr, value) {
+            return result;
+        }
         let vm = self.vm().clone();
         let mut apic = CpuApic { board: vm.board(), cpu: self.index() };
         let mut cx = MsrContext { guest: &mut self.vmcs.guest, regs: &mut self.regs, apic: &mut apic };
@@ -391,7 +402,7 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// Whether the guest runs 64-bit code.
-    fn in_64_bit_mode(&self) -> bool {
+    pub(crate) fn in_64_bit_mode(&self) -> bool {
         let g = &self.vmcs.guest;
         g.efer & efer::LMA != 0 && g.segments[seg::CS].access.long()
     }

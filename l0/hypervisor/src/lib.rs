@@ -16,6 +16,7 @@ pub mod board;
 pub mod cpuid;
 pub mod ept01;
 pub mod exits;
+mod hyperv;
 pub mod msr;
 mod nested;
 pub mod report;

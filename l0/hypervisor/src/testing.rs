@@ -11,6 +11,7 @@ use memory::{Gpa, MachineMemory};
 use x86_spec::caps::{AllowedControls, VmxCapabilities, ept_vpid};
 use x86_spec::exit::{ExitReason, io};
 
+use crate::nested::{Ept02Config, VmcsAccess};
 use crate::vcpu_loop::{RunEnd, Start, VcpuLoop};
 use crate::vm::{Vm, VmBuilder, VmConfig};
 
@@ -147,13 +148,16 @@ pub struct Rig {
 
 impl Rig {
     pub fn new() -> Self {
-        let config = VmConfig {
-            ram: 4 << 20,
-            cpus: 1,
-            vmx: false,
-            vmcs_access: crate::nested::VmcsAccess::Trapped,
-            ept02: crate::nested::Ept02Config::default(),
-        };
+        Self::with(false, VmcsAccess::Trapped)
+    }
+
+    /// One that offers VMX with an enlightened VMCS.
+    pub fn direct() -> Self {
+        Self::with(true, VmcsAccess::Direct)
+    }
+
+    fn with(vmx: bool, vmcs_access: VmcsAccess) -> Self {
+        let config = VmConfig { ram: 4 << 20, cpus: 1, vmx, vmcs_access, ept02: Ept02Config::default() };
         let memory = Arc::new(MachineMemory::new(config.machine_memory().unwrap()).unwrap());
         let script = Arc::new(Mutex::new(Script::default()));
         let tsc = Arc::new(AtomicU64::new(1 << 40));

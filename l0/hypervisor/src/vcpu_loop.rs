@@ -106,8 +106,11 @@ impl<E: Engine> VcpuLoop<E> {
         })?;
         vmcs.controls.tsc_offset = tsc.offset();
         let tsc_hz = engine.tsc_frequency().max(1);
-        let nested =
-            if model.has_vmx() { Some(Box::new(Nested::new(&vm, cr4, vm.vmcs_access())?)) } else { None };
+        let nested = if model.has_vmx() {
+            Some(Box::new(Nested::new(&vm, index, cr4, vm.vmcs_access())?))
+        } else {
+            None
+        };
         Ok(Self {
             vcpu,
             vmcs,

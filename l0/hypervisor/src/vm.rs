@@ -116,6 +116,9 @@ impl<E: Engine + 'static> VmBuilder<E> {
         let mut cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
         if config.vmx && nested::is_possible(&*engine) {
             cpuid = cpuid.with_vmx();
+            if config.vmcs_access == VmcsAccess::Direct {
+                cpuid = cpuid.with_hyperv();
+            }
         }
         let now = |e: &Arc<E>| {
             let e = e.clone();

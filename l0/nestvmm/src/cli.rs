@@ -203,7 +203,7 @@ pub struct RunArgs {
     /// Offer VMX to the guest, so that it can be a hypervisor
     #[arg(long, value_enum, default_value_t = OnOff::On)]
     pub vmx: OnOff,
-    /// How L1's VMREAD and VMWRITE are done
+    /// How L1 accesses its VMCS
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
     /// Most pages of 4 KiB for EPT02, the tables that L1's guests run on
@@ -290,10 +290,12 @@ pub enum Explain {
 /// `--vmcs-access`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum VmcsAccessChoice {
-    /// Each exits to L0.
+    /// Each VMREAD and VMWRITE exits to L0.
     Trapped,
-    /// In a shadow VMCS, without an exit.
+    /// VMREAD and VMWRITE work on a shadow VMCS, without an exit.
     Shadow,
+    /// As memory: L1 is offered Hyper-V's enlightened VMCS, and no control that it has no field for.
+    Direct,
 }
 
 impl From<VmcsAccessChoice> for hypervisor::VmcsAccess {
@@ -301,6 +303,7 @@ impl From<VmcsAccessChoice> for hypervisor::VmcsAccess {
         match choice {
             VmcsAccessChoice::Trapped => Self::Trapped,
             VmcsAccessChoice::Shadow => Self::Shadow,
+            VmcsAccessChoice::Direct => Self::Direct,
         }
     }
 }

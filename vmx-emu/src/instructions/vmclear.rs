@@ -2,8 +2,9 @@
 
 use engine::VmExit;
 
-use super::{Execution, check_root, pointer_operand, valid_region};
+use super::{Execution, check_root, pointer_operand, region_revision, valid_region};
 use crate::capabilities::Capabilities;
+use crate::evmcs;
 use crate::explain::InstructionError;
 use crate::l1::L1;
 use crate::state::{VmResult, VmxState};
@@ -29,6 +30,8 @@ pub(super) fn vmclear<T: L1 + ?Sized>(
             vmcs.launch_state = LaunchState::Clear;
         }
         state.release(l1.physical());
+    } else if state.assist_page.is_some() && region_revision(l1, pointer) == evmcs::VERSION {
+        // An enlightened VMCS that is not in use: it has no launch state, and L0 keeps nothing of it.
     } else {
         clear_in_memory(l1.physical(), pointer);
     }

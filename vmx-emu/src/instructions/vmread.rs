@@ -18,7 +18,9 @@ pub(super) fn vmread<T: L1 + ?Sized>(
     exit: &VmExit,
 ) -> Execution {
     check_root(state, l1)?;
-    let Some(vmcs) = state.current() else { return Ok(VmResult::FailInvalid.into()) };
+    let Some(vmcs) = state.current().filter(|_| state.region_pointer().is_some()) else {
+        return Ok(VmResult::FailInvalid.into());
+    };
     let Some((field, access)) = field_operand(caps, l1, exit) else {
         return Ok(state.fail(InstructionError::UnsupportedComponent).into());
     };

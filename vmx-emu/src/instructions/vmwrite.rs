@@ -19,7 +19,7 @@ pub(super) fn vmwrite<T: L1 + ?Sized>(
     exit: &VmExit,
 ) -> Execution {
     check_root(state, l1)?;
-    if state.current().is_none() {
+    if state.region_pointer().is_none() {
         return Ok(VmResult::FailInvalid.into());
     }
     let Some((field, access)) = field_operand(caps, l1, exit) else {

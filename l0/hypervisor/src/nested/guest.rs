@@ -345,6 +345,7 @@ impl<E: Engine> VcpuLoop<E> {
         self.devices_touched();
         self.restrict_control_registers();
         self.store_shadow_vmcs();
+        self.store_enlightened_vmcs();
         // MSR lists may have moved the TSC.
         self.vmcs.controls.tsc_offset = self.msrs.tsc().offset();
         match result {

@@ -3,6 +3,7 @@
 //! L1's VMX instructions exit to [`root`]; a VM entry of L1 starts VMCS02, whose exits go to L0 or
 //! L1.
 
+mod direct;
 mod guest;
 pub(crate) mod l1;
 mod msrs;
@@ -16,11 +17,12 @@ use vmx_emu::merge::Pages;
 use vmx_emu::merge::provenance::ControlOrigins;
 use vmx_emu::merge::tsc::Timer12;
 use vmx_emu::merge::vpid::VpidMap;
-use vmx_emu::{Capabilities, FeatureControl, L1Cpu, VmxState};
-use x86_spec::controls::SecondaryControls;
+use vmx_emu::{Capabilities, FeatureControl, L1Cpu, VmxState, evmcs};
+use x86_spec::controls::{PinbasedControls, SecondaryControls};
 use x86_spec::msr;
 
 use crate::cpuid::PHYSICAL_BITS;
+use crate::hyperv::HyperV;
 use crate::vm::Vm;
 
 pub(crate) use root::vmx_instruction;
@@ -82,18 +84,31 @@ pub(crate) struct Nested {
     mtf_injected: bool,
     /// The page that L1 reads and writes its current VMCS in without exits, where it does.
     shadow: Option<ShadowPage>,
+    /// Hyper-V's interface, where L1 accesses its VMCS directly.
+    pub hyperv: Option<HyperV>,
     /// Where the control bits of VMCS02 come from.
     origins: Option<ControlOrigins>,
 }
 
 impl Nested {
-    /// VMX as the engine allows it, for an L1 that may set `cr4`.
+    /// VMX as the engine allows it, for vCPU `index` of an L1 that may set `cr4`.
     ///
     /// # Errors
     /// [`NestedError`] when L0's pool is too small.
-    pub fn new<E: Engine>(vm: &Vm<E>, cr4: u64, access: VmcsAccess) -> Result<Self, NestedError> {
+    pub fn new<E: Engine>(
+        vm: &Vm<E>,
+        index: usize,
+        cr4: u64,
+        access: VmcsAccess,
+    ) -> Result<Self, NestedError> {
         let engine = vm.engine().capabilities();
-        let cpu = L1Cpu { cr4, physical_bits: PHYSICAL_BITS, withheld: SecondaryControls::empty() };
+        let model = vm.cpuid();
+        let (withheld_pin, withheld) = if model.has_hyperv() {
+            evmcs::without_place()
+        } else {
+            (PinbasedControls::empty(), SecondaryControls::empty())
+        };
+        let cpu = L1Cpu { cr4, physical_bits: PHYSICAL_BITS, withheld_pin, withheld };
         let caps = Capabilities::new(engine, &cpu);
         let format = Format::from_capabilities(engine.ept_vpid, PHYSICAL_BITS);
         let pool = vm.pool();
@@ -101,7 +116,10 @@ impl Nested {
         let shadow = (access == VmcsAccess::Shadow && can_shadow)
             .then(|| ShadowPage::new(vm.memory(), pool, &caps))
             .transpose()?;
+        let hz = vm.engine().tsc_frequency().max(1);
+        let hyperv = model.has_hyperv().then(|| HyperV::new(index as u32, hz, model.crystal().hz.into()));
         Ok(Self {
+            hyperv,
             shadow,
             rate: (caps.misc & 0x1f) as u8,
             caps,

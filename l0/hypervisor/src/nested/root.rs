@@ -3,6 +3,7 @@
 use engine::{Engine, VmExit};
 use vmx_emu::{Capabilities, Fault, Outcome as Vmx, VmResult, instructions};
 use x86_spec::exception;
+use x86_spec::exit::ExitReason;
 use x86_spec::exit::cr_access::{self, Kind};
 use x86_spec::reg::cr4;
 
@@ -12,6 +13,11 @@ use crate::vcpu_loop::VcpuLoop;
 
 /// A VMX instruction of L1.
 pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
+    if exit.reason == ExitReason::Vmcall
+        && let Some(outcome) = cpu.hypercall(exit)
+    {
+        return outcome;
+    }
     let vm = cpu.vm().clone();
     cpu.load_shadow_vmcs();
     let Some(nested) = cpu.nested.as_mut() else {
@@ -49,6 +55,7 @@ impl<E: Engine> VcpuLoop<E> {
                 "{} fails: {error}",
                 exit.reason.name()
             );
+            self.store_instruction_error();
         }
         self.vmcs.guest.rflags = result.rflags(self.vmcs.guest.rflags);
         self.restrict_control_registers();

@@ -1,7 +1,5 @@
 //! VMCS shadowing for L1 (SDM Vol. 3C §25.10): the engine executes L1's VMREAD and VMWRITE against a
 //! page of L0's instead of exiting.
-//!
-//! Not supported: direct access as Turtles had it (L1's code patched to plain loads and stores).
 
 use engine::Engine;
 use memory::{MachineAddr, MachineMemory, MemoryError, PagePool};
@@ -10,14 +8,16 @@ use x86_spec::controls::SecondaryControls;
 
 use crate::vcpu_loop::VcpuLoop;
 
-/// How L1's VMREAD and VMWRITE are done.
+/// How L1 accesses its VMCS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum VmcsAccess {
-    /// Each exits to L0.
+    /// Each VMREAD and VMWRITE exits to L0.
     Trapped,
     /// The engine does them in a shadow VMCS, if it can.
     #[default]
     Shadow,
+    /// L1 that knows Hyper-V's enlightened VMCS uses ordinary loads and stores; VMREAD and VMWRITE exit.
+    Direct,
 }
 
 /// The page, and which fields go there.

@@ -53,7 +53,15 @@ fn capabilities() -> Capabilities {
         misc: u64::MAX,
         preemption_timer_shift: 5,
     };
-    Capabilities::new(&engine, &L1Cpu { cr4: 0x37_27ff, physical_bits: PHYSICAL_BITS, withheld: S::empty() })
+    Capabilities::new(
+        &engine,
+        &L1Cpu {
+            cr4: 0x37_27ff,
+            physical_bits: PHYSICAL_BITS,
+            withheld_pin: P::empty(),
+            withheld: S::empty(),
+        },
+    )
 }
 
 impl Setup {
