@@ -15,7 +15,7 @@ use crate::access::Access;
 use crate::compose::{Composed, Fault, L1Map, compose};
 use crate::entry::{Entry, Level, Rights};
 use crate::misconfiguration::Format;
-use crate::sync::{ProtectionChanges, Tracker};
+use crate::sync::{Affected, ProtectionChanges, Tracker};
 use crate::tables::TableMemory;
 use crate::walk::{DirtyLog, Step};
 
@@ -100,6 +100,8 @@ pub struct Stats {
     pub invalidations: u64,
     /// Writes to tracked tables of EPT12.
     pub table_writes: u64,
+    /// Tables of EPT12 that were written too often, or could not be protected.
+    pub dropped_tables: u64,
 }
 
 impl Stats {
@@ -135,6 +137,8 @@ pub struct Ept02 {
     /// What the engine supports.
     engine: Format,
     tracker: Option<Tracker>,
+    /// With a tracker: a bit for each page of machine memory that a mapping may let L2 write.
+    writable: Vec<u64>,
     stats: Stats,
 }
 
@@ -155,6 +159,7 @@ impl Ept02 {
             return Err(Ept02Error::TooSmall(limit));
         }
         let tracked = limit.saturating_mul(TRACKED_PER_PAGE);
+        let words = if write_protect { (memory.size() >> PAGE_SHIFT).div_ceil(64) } else { 0 };
         let mut this = Self {
             memory,
             pool,
@@ -165,6 +170,7 @@ impl Ept02 {
             clock: 0,
             next_id: 0,
             engine,
+            writable: vec![0; usize::try_from(words).unwrap_or(0)],
             tracker: write_protect.then(|| Tracker::new(usize::try_from(tracked).unwrap_or(usize::MAX))),
             stats: Stats::default(),
         };
@@ -243,6 +249,9 @@ impl Ept02 {
         let offset = gpa.0 & (mapping.level.size() - 1) & !(level.size() - 1);
         let page = mapping.page.0 | offset;
         let leaf = self.leaf_entry(page, level, mapping, key.mode_based_execute);
+        if mapping.rights.contains(Rights::W) {
+            self.note_writable(page, level);
+        }
         if self.write_leaf(table, gpa.0, level, leaf, key.mode_based_execute) {
             flush = flush.and(Flush::Eptp(eptp02));
         }
@@ -254,25 +263,32 @@ impl Ept02 {
 
     /// INVEPT, single-context (SDM Vol. 3C §29.4.3.1): drops what was composed from the tables
     /// that `eptp12` points to. With write-protection the tables are known to be
-    /// unchanged, and nothing is dropped.
+    /// unchanged, and nothing is dropped, unless there are some that can't be protected.
     pub fn invept_single(&mut self, eptp12: u64) -> Flush {
-        if self.tracker.is_some() {
-            return Flush::None;
+        if let Some(t) = &self.tracker {
+            return if t.has_exempt() { self.drop_all() } else { Flush::None };
         }
         self.empty_where(|r| (r.key.eptp12 ^ eptp12) & ept::ADDR_MASK == 0)
     }
 
     /// INVEPT, all-context.
     pub fn invept_all(&mut self) -> Flush {
-        if self.tracker.is_some() {
+        if let Some(t) = &self.tracker
+            && !t.has_exempt()
+        {
             return Flush::None;
         }
-        self.empty_where(|_| true)
+        self.drop_all()
     }
 
     /// Drops everything, in either mode, but keeps the roots' EPT pointers.
     pub fn drop_all(&mut self) -> Flush {
-        self.empty_where(|_| true)
+        let flush = self.empty_where(|_| true);
+        if let Some(t) = &mut self.tracker {
+            t.forget_exempt();
+        }
+        self.writable.fill(0);
+        flush
     }
 
     /// EPT01 changed for `pages` machine pages from `first`: drops all mappings that reach them.
@@ -293,7 +309,8 @@ impl Ept02 {
     /// again, before it runs L1 or L2. Empty without write-protect mode.
     ///
     /// In that mode a write to a protected page exits (an EPT violation of L1's with EPT01); the
-    /// hypervisor emulates it and calls [`Self::l1_wrote`]. L1's other processors must be
+    /// hypervisor emulates it and calls [`Self::l1_wrote`]. A page that becomes protected must not stay
+    /// writable for L2 either: [`Self::protect_from_l2`]. L1's other processors must be
     /// stopped between a fill and the protection of what it read.
     pub fn protection_changes(&mut self) -> ProtectionChanges {
         self.tracker.as_mut().map(Tracker::take_changes).unwrap_or_default()
@@ -309,13 +326,65 @@ impl Ept02 {
         self.tracker.as_ref().is_some_and(|t| t.contains(at))
     }
 
+    /// Drops the mappings by which L2 can write `page` of machine memory, which EPT01 protects now:
+    /// made anew, they lack that right.
+    pub fn protect_from_l2(&mut self, page: u64) -> Flush {
+        let Some(word) = self.writable.get_mut((page / 64) as usize) else { return Flush::None };
+        if *word >> (page % 64) & 1 == 0 {
+            return Flush::None;
+        }
+        *word &= !(1 << (page % 64));
+        self.invalidate_machine(page, 1)
+    }
+
     /// L1 (or a device) wrote `len` bytes at `at`, within one page: drops the mappings
-    /// that came from those entries.
+    /// that came from those entries. A table that is written again and again is dropped as a whole
+    /// and released, until it is used again.
     pub fn l1_wrote(&mut self, at: L1Gpa, len: u64) -> Flush {
-        let Some(affected) = self.tracker.as_ref().map(|t| t.affected(at, len)) else { return Flush::None };
-        if !affected.is_empty() {
+        let Some(written) = self.tracker.as_mut().map(|t| t.wrote(at, len)) else { return Flush::None };
+        if !written.affected.is_empty() {
             self.stats.table_writes += 1;
         }
+        if written.drop { self.drop_table(at) } else { self.drop_mappings(&written.affected) }
+    }
+
+    /// Drops all that came from the table at `at`, and releases its page.
+    pub fn drop_table(&mut self, at: L1Gpa) -> Flush {
+        let Some(affected) = self.tracker.as_mut().map(|t| t.drop_table(at)) else { return Flush::None };
+        if !affected.is_empty() {
+            self.stats.dropped_tables += 1;
+        }
+        self.drop_mappings(&affected)
+    }
+
+    /// As [`Self::drop_table`], and the page is not protected again, so that who must write it (L2 itself)
+    /// gets on. From here to the next INVEPT, what L1 writes there is seen only by that INVEPT.
+    pub fn exempt_table(&mut self, at: L1Gpa) -> Flush {
+        let flush = self.drop_table(at);
+        if self.tracker.as_mut().is_none_or(|t| t.exempt(at)) {
+            return flush;
+        }
+        let all = self.drop_all();
+        if let Some(t) = &mut self.tracker {
+            // There is room now.
+            let _ = t.exempt(at);
+        }
+        flush.and(all)
+    }
+
+    fn note_writable(&mut self, page: u64, level: Level) {
+        let first = page >> PAGE_SHIFT;
+        let (mask, words) = match level {
+            Level::Pte => (1 << (first % 64), 1),
+            // Aligned, and 64 pages at a time.
+            _ => (u64::MAX, level.size() >> PAGE_SHIFT >> 6),
+        };
+        let first = (first / 64) as usize;
+        let end = first.saturating_add(words as usize).min(self.writable.len());
+        self.writable.get_mut(first..end).unwrap_or_default().iter_mut().for_each(|w| *w |= mask);
+    }
+
+    fn drop_mappings(&mut self, affected: &[Affected]) -> Flush {
         let mut flush = Flush::None;
         for a in affected {
             let Some(root) = self.roots.iter().find(|r| r.id == a.root) else { continue };

@@ -1,7 +1,7 @@
 //! Which pages of L1 hold EPT12 tables that EPT02 was composed from, so that the hypervisor
 //! can write-protect them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use memory::{L1Gpa, L2Gpa, PAGE_SHIFT};
 
@@ -25,6 +25,17 @@ struct Use {
     base: u64,
 }
 
+impl Use {
+    /// What entries `first..end` map.
+    fn affected(&self, first: u64, end: u64) -> Affected {
+        Affected {
+            root: self.root,
+            base: L2Gpa(self.base + first * self.level.size()),
+            len: end.saturating_sub(first) * self.level.size(),
+        }
+    }
+}
+
 /// L2 addresses whose mapping a write may have changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Affected {
@@ -36,10 +47,35 @@ pub struct Affected {
     pub len: u64,
 }
 
+/// Writes to a table without a new mapping through it after which it is no longer tracked: L1 uses
+/// the page for something else, or fills it, and is better left alone.
+const MAX_WRITES: u32 = 8;
+/// Tables that can't be protected.
+const MAX_EXEMPT: usize = 64;
+
+/// A page that holds a table.
+#[derive(Debug, Default)]
+struct Page {
+    uses: Vec<Use>,
+    /// Writes since a mapping was last made through it.
+    writes: u32,
+}
+
+/// What a write to a table means.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// The mappings that may have changed.
+    pub affected: Vec<Affected>,
+    /// The table is written again and again: it is to be dropped.
+    pub drop: bool,
+}
+
 /// The table pages, by page number.
 #[derive(Debug, Default)]
 pub struct Tracker {
-    pages: HashMap<u64, Vec<Use>>,
+    pages: HashMap<u64, Page>,
+    /// Tables that L2 itself writes, which can't be protected: INVEPT is needed for them.
+    exempt: HashSet<u64>,
     uses: usize,
     limit: usize,
     protect: Vec<u64>,
@@ -58,15 +94,19 @@ impl Tracker {
     pub fn add(&mut self, root: u64, table: L1Gpa, level: Level, gpa: L2Gpa) -> bool {
         let covers = level.size() << 9;
         let new = Use { root, level, base: gpa.0 & !(covers - 1) };
-        if self.pages.get(&table.page()).is_some_and(|uses| uses.contains(&new)) {
-            return true;
+        if let Some(page) = self.pages.get_mut(&table.page()) {
+            page.writes = 0;
+            if page.uses.contains(&new) {
+                return true;
+            }
         }
         if self.uses >= self.limit {
             return false;
         }
         self.uses += 1;
-        let uses = self.pages.entry(table.page()).or_default();
-        if uses.is_empty() && !take(&mut self.release, table.page()) {
+        let uses = &mut self.pages.entry(table.page()).or_default().uses;
+        let first = uses.is_empty() && !self.exempt.contains(&table.page());
+        if first && !take(&mut self.release, table.page()) {
             self.protect.push(table.page());
         }
         uses.push(new);
@@ -75,41 +115,72 @@ impl Tracker {
 
     /// Forgets what `root` uses.
     pub fn drop_root(&mut self, root: u64) {
-        let (protect, release) = (&mut self.protect, &mut self.release);
+        let Self { pages, exempt, protect, release, .. } = self;
         let mut left = 0;
-        self.pages.retain(|page, uses| {
-            uses.retain(|u| u.root != root);
-            left += uses.len();
-            if uses.is_empty() && !take(protect, *page) {
-                release.push(*page);
+        pages.retain(|number, page| {
+            page.uses.retain(|u| u.root != root);
+            left += page.uses.len();
+            if page.uses.is_empty() && !exempt.contains(number) && !take(protect, *number) {
+                release.push(*number);
             }
-            !uses.is_empty()
+            !page.uses.is_empty()
         });
         self.uses = left;
     }
 
-    /// Whether the page of `at` is tracked.
-    pub fn contains(&self, at: L1Gpa) -> bool {
-        self.pages.contains_key(&at.page())
+    /// Forgets `table`: all mappings that came from it are to be dropped.
+    pub fn drop_table(&mut self, table: L1Gpa) -> Vec<Affected> {
+        let Some(page) = self.pages.remove(&table.page()) else { return Vec::new() };
+        self.uses = self.uses.saturating_sub(page.uses.len());
+        if !self.exempt.contains(&table.page()) && !take(&mut self.protect, table.page()) {
+            self.release.push(table.page());
+        }
+        page.uses.iter().map(|u| u.affected(0, 512)).collect()
     }
 
-    /// The mappings that a write of `len` bytes at `at` may have changed.
-    pub fn affected(&self, at: L1Gpa, len: u64) -> Vec<Affected> {
-        let Some(uses) = self.pages.get(&at.page()) else { return Vec::new() };
+    /// Has `table`, which must not be tracked now, never protected from here on. False when
+    /// that would be too many: then everything must be dropped, and [`Self::forget_exempt`].
+    #[must_use]
+    pub fn exempt(&mut self, table: L1Gpa) -> bool {
+        if self.exempt.len() >= MAX_EXEMPT {
+            return false;
+        }
+        self.exempt.insert(table.page());
+        true
+    }
+
+    /// Whether there are tables whose writes are not seen.
+    pub fn has_exempt(&self) -> bool {
+        !self.exempt.is_empty()
+    }
+
+    /// All tables are protected again, once they are used. Nothing may be tracked.
+    pub fn forget_exempt(&mut self) {
+        debug_assert!(self.pages.is_empty(), "an exempt table is tracked, and not protected");
+        self.exempt.clear();
+    }
+
+    /// Whether the page of `at` is to be protected.
+    pub fn contains(&self, at: L1Gpa) -> bool {
+        self.pages.contains_key(&at.page()) && !self.exempt.contains(&at.page())
+    }
+
+    /// L1 wrote `len` bytes at `at`.
+    pub fn wrote(&mut self, at: L1Gpa, len: u64) -> Written {
+        let Some(page) = self.pages.get_mut(&at.page()) else { return Written::default() };
+        page.writes += 1;
         let first = at.page_offset() / 8;
         let end = (at.page_offset().saturating_add(len)).div_ceil(8).min(512);
-        uses.iter()
-            .map(|u| Affected {
-                root: u.root,
-                base: L2Gpa(u.base + first * u.level.size()),
-                len: end.saturating_sub(first) * u.level.size(),
-            })
-            .collect()
+        Written {
+            affected: page.uses.iter().map(|u| u.affected(first, end)).collect(),
+            drop: page.writes > MAX_WRITES,
+        }
     }
 
-    /// All tracked pages.
+    /// All pages to be protected.
     pub fn pages(&self) -> impl Iterator<Item = L1Gpa> + '_ {
-        self.pages.keys().map(|p| L1Gpa(p << PAGE_SHIFT))
+        let protected = self.pages.keys().filter(|p| !self.exempt.contains(p));
+        protected.map(|p| L1Gpa(p << PAGE_SHIFT))
     }
 
     /// What changed since the last call.

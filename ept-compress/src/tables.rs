@@ -56,18 +56,23 @@ impl TableMemory for MachineMemory {
     }
 
     fn compare_exchange(&self, at: MachineAddr, old: u64, new: u64) -> bool {
-        let Ok(cell) = self.atomic_u64(at) else { return false };
-        let done = cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        if done {
-            self.written(at, 8);
-        }
-        done
+        set_flags(self, at, old, new)
     }
 
     fn write_word(&self, at: MachineAddr, value: u64) {
         // A page-modification log outside memory is written to nowhere.
         let _ = self.write_u64(at, value);
     }
+}
+
+/// Sets accessed and dirty flags as a processor does: that is no write of L1's.
+fn set_flags(memory: &MachineMemory, at: MachineAddr, old: u64, new: u64) -> bool {
+    let Ok(cell) = memory.atomic_u64(at) else { return false };
+    let done = cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    if done {
+        memory.flags_written(at, 8);
+    }
+    done
 }
 
 /// EPT12, in L1's RAM.
@@ -83,7 +88,7 @@ impl TableMemory for L1Ram {
 
     fn compare_exchange(&self, at: L1Gpa, old: u64, new: u64) -> bool {
         match self.translate(at) {
-            Some((machine, room)) if room >= 8 => self.memory().compare_exchange(machine, old, new),
+            Some((machine, room)) if room >= 8 => set_flags(self.memory(), machine, old, new),
             _ => false,
         }
     }

@@ -224,3 +224,110 @@ fn tables_in_a_hole_are_misconfigured() {
     let fault = e.fill(key(root12, 0), &FORMAT, L2Gpa(0), Access::READ, &w.ram, &view, &mut NoLog);
     assert!(matches!(fault, Err(Fault::L1Misconfiguration { .. })), "{fault:?}");
 }
+
+/// In write-protect mode, a table that L1 writes and does not use is let go, with what came from it, and
+/// tracked again with its next use.
+#[test]
+fn a_table_that_is_written_again_and_again_is_let_go() {
+    let w = World::new();
+    let root12 = w.table12();
+    w.map12(root12, 0x3000, 1, 0x9000 | 7 | WB, 7);
+    let root01 = w.plain01(0);
+    let view = w.view01(root01);
+    let mut e = w.ept02(16, true);
+    let k = key(root12, 0);
+    let fill = |e: &mut ept_compress::Ept02| {
+        e.fill(k, &FORMAT, L2Gpa(0x3000), Access::READ, &w.ram, &view, &mut NoLog).unwrap()
+    };
+    let Walked::Page { entries, .. } = w.reference(root12, 0x3000) else { panic!() };
+    let table = L1Gpa(entries[3] & !0xfff);
+    for _ in 0..3 {
+        fill(&mut e);
+        assert!(e.protection_changes().protect.contains(&table) && e.is_protected(table));
+        let eptp02 = e.root(k).eptp02;
+        // Another entry: what is mapped stays, until L0 has enough of it.
+        let mut writes = 0;
+        while e.is_protected(table) {
+            assert!(matches!(w.reference(eptp02, 0x3000), Walked::Page { .. }));
+            writes += 1;
+            assert!(writes < 100);
+            e.l1_wrote(table.offset(8), 8);
+        }
+        assert!(writes > 1);
+        assert_eq!(w.reference(eptp02, 0x3000), Walked::NotPresent);
+        assert_eq!(e.protection_changes().release, [table]);
+    }
+    // Writes with uses in between are all seen.
+    for _ in 0..100 {
+        fill(&mut e);
+        let eptp02 = e.root(k).eptp02;
+        assert_eq!(e.l1_wrote(table.offset(3 * 8), 8), Flush::Eptp(eptp02));
+        assert!(e.is_protected(table));
+        assert_eq!(w.reference(eptp02, 0x3000), Walked::NotPresent);
+    }
+}
+
+/// A table that is not protected because L2 must write it is INVEPT's again.
+#[test]
+fn an_exempt_table_needs_invept() {
+    let w = World::new();
+    let root12 = w.table12();
+    w.map12(root12, 0x3000, 1, 0x9000 | 7 | WB, 7);
+    let root01 = w.plain01(0);
+    let view = w.view01(root01);
+    let mut e = w.ept02(16, true);
+    let k = key(root12, 0);
+    let eptp02 = e.root(k).eptp02;
+    let fill = |e: &mut ept_compress::Ept02| {
+        e.fill(k, &FORMAT, L2Gpa(0x3000), Access::READ, &w.ram, &view, &mut NoLog).unwrap();
+        assert!(matches!(w.reference(eptp02, 0x3000), Walked::Page { .. }));
+    };
+    let mapped = |e: &ept_compress::Ept02| {
+        assert!(e.held_pages() > 0);
+        w.reference(eptp02, 0x3000) != Walked::NotPresent
+    };
+    fill(&mut e);
+    assert_eq!(e.invept_all(), Flush::None, "all that L1 did would have been seen");
+    assert!(mapped(&e));
+    for invept in [ept_compress::Ept02::invept_all, |e: &mut ept_compress::Ept02| e.invept_single(0x1000)] {
+        fill(&mut e);
+        let changes = e.protection_changes();
+        assert!(changes.protect.contains(&L1Gpa(root12)) || e.is_protected(L1Gpa(root12)));
+        assert_eq!(e.exempt_table(L1Gpa(root12)), Flush::Eptp(eptp02));
+        assert_eq!(e.protection_changes().release, [L1Gpa(root12)]);
+        assert!(!mapped(&e));
+        fill(&mut e);
+        assert!(!e.is_protected(L1Gpa(root12)));
+        assert!(!e.protection_changes().protect.contains(&L1Gpa(root12)));
+        // Any EPTP: which roots use the table is not kept.
+        assert_eq!(invept(&mut e), Flush::Eptp(eptp02));
+        assert!(!mapped(&e));
+        fill(&mut e);
+        assert!(e.is_protected(L1Gpa(root12)), "from its next use on");
+    }
+}
+
+/// What L2 could write before it became a table goes.
+#[test]
+fn a_new_table_is_protected_from_l2_too() {
+    let w = World::new();
+    let root12 = w.table12();
+    w.map12(root12, 0x3000, 1, 0x9000 | 7 | WB, 7);
+    w.map12(root12, 0x4000, 1, 0xa000 | 7 | WB, 7);
+    w.map12(root12, 0x20_0000, 2, 0x20_0000 | 7 | WB | LARGE, 7);
+    let root01 = w.plain01(0);
+    let view = w.view01(root01);
+    let mut e = w.ept02(16, true);
+    let k = key(root12, 0);
+    let eptp02 = e.root(k).eptp02;
+    for gpa in [0x3000, 0x4000, 0x20_0000] {
+        e.fill(k, &FORMAT, L2Gpa(gpa), Access::WRITE, &w.ram, &view, &mut NoLog).unwrap();
+    }
+    let mapped = |gpa| matches!(w.reference(eptp02, gpa), Walked::Page { .. });
+    assert_eq!(e.protect_from_l2(0xb), Flush::None, "not mapped");
+    assert_eq!(e.protect_from_l2(0x9), Flush::Eptp(eptp02));
+    assert!(!mapped(0x3000) && mapped(0x4000) && mapped(0x20_0000));
+    assert_eq!(e.protect_from_l2(0x9), Flush::None, "not any more");
+    assert_eq!(e.protect_from_l2(0x3ff), Flush::Eptp(eptp02), "the last page of the large one");
+    assert!(mapped(0x4000) && !mapped(0x20_0000));
+}

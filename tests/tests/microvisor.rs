@@ -88,6 +88,27 @@ fn every_case_with_a_shadow_vmcs() {
     suite(&["--vmcs-access", "shadow"]);
 }
 
+#[test]
+fn every_case_with_write_protected_tables() {
+    suite(&["--ept-sync", "write-protect"]);
+}
+
+/// With write-protection L0 sees what L1 does to its tables without being told, and without it, it does not:
+/// each case finds tables of cases before it in its pages.
+#[test]
+fn write_protection_needs_no_invept() {
+    let failed = |mode| {
+        // All but ept.written.by_l2: what L2 writes needs INVEPT in any case.
+        let cases = "ept.v,ept.m,ept.a,ept.i,ept.t,ept.p,ept.written.instructions,vpid,exit";
+        let finished = run(&["--ept-sync", mode], &format!("only={cases} no-invept"));
+        let [passed, failed, _] = counts(&finished);
+        assert!(passed + failed > 80, "{}", finished.output);
+        failed
+    };
+    assert_eq!(failed("write-protect"), 0);
+    assert!(failed("invept") > 0);
+}
+
 /// What does not fit into EPT02 at once is dropped and made again, and L2 does not notice.
 #[test]
 fn a_small_ept02_is_reclaimed() {

@@ -2,7 +2,7 @@
 
 use devices::{Interrupts, MachineEvent};
 use engine::ExitBus;
-use memory::{Gpa, L1Gpa};
+use memory::{Gpa, L1Gpa, L1Ram};
 
 /// The machine around the vCPUs.
 pub trait Board: Send + Sync {
@@ -26,18 +26,29 @@ pub trait Board: Send + Sync {
     fn take_event(&self) -> Option<MachineEvent>;
 }
 
-/// The buses as one vCPU sees them.
+/// The buses as one vCPU sees them. RAM is there too, for instructions that access a device and memory
+/// which exits (a page that is write-protected).
 pub(crate) struct CpuBus<'a> {
     pub board: &'a dyn Board,
     pub cpu: usize,
+    pub ram: &'a L1Ram,
 }
 
 impl ExitBus for CpuBus<'_> {
     fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
-        self.board.mmio_read(self.cpu, gpa.0, size)
+        let mut bytes = [0; 8];
+        let len = usize::from(size).min(bytes.len());
+        match bytes.get_mut(..len).map(|b| self.ram.read(L1Gpa(gpa.0), b)) {
+            Some(Ok(())) => u64::from_le_bytes(bytes),
+            _ => self.board.mmio_read(self.cpu, gpa.0, size),
+        }
     }
     fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
-        self.board.mmio_write(self.cpu, gpa.0, size, value);
+        let bytes = value.to_le_bytes();
+        let bytes = bytes.get(..usize::from(size)).unwrap_or(&bytes);
+        if self.ram.write(L1Gpa(gpa.0), bytes).is_err() {
+            self.board.mmio_write(self.cpu, gpa.0, size, value);
+        }
     }
     fn pio_read(&mut self, port: u16, size: u8) -> u32 {
         self.board.pio_read(port, size)

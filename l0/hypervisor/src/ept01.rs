@@ -1,22 +1,51 @@
 //! EPT01: L1-physical to machine addresses, in hardware format (SDM Vol. 3C §29.3).
 //!
-//! Built once, before L1 starts: RAM is write-back and fully accessible, everything else is
+//! Built before L1 starts: RAM is write-back and fully accessible, everything else is
 //! not present, so that accesses to devices exit as EPT violations. A page is as large as
 //! alignment, length and the engine allow. The tables live in L0's page pool.
+//!
+//! The one thing that changes is write permission: pages of L1 can be protected, one by one
+//! ([`Ept01::protect`]). A large page is split for that, and put together again when nothing in it
+//! is protected any more.
 
-use memory::{MachineAddr, MachineMemory, MemoryError, PagePool, RamRegion};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use memory::{L1Gpa, MachineAddr, MachineMemory, MemoryError, PagePool, RamRegion};
 use x86_spec::caps::ept_vpid;
 use x86_spec::ept;
 
-/// log2 of the sizes that a leaf can have, by level (1: page table, 2: directory, 3: PDPT).
+use crate::vm::lock;
+
+/// log2 of the sizes that a leaf can have, by level (0: page table, 1: directory, 2: PDPT).
 const SHIFT: [u32; 4] = [12, 21, 30, 39];
 const LEAF: u64 = ept::RWX | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT;
 
 /// The tables.
 #[derive(Debug)]
 pub struct Ept01 {
+    memory: Arc<MachineMemory>,
+    pool: Arc<PagePool>,
     root: MachineAddr,
     tables: u64,
+    protected: Mutex<Protected>,
+}
+
+/// What is protected.
+#[derive(Debug, Default)]
+struct Protected {
+    /// How many want it, by page number.
+    pages: BTreeMap<u64, u32>,
+    /// Large pages that were split, by start address and level of the entry.
+    splits: BTreeMap<(u64, usize), Split>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Split {
+    /// Where the entry is.
+    slot: MachineAddr,
+    /// What it was.
+    entry: u64,
 }
 
 impl Ept01 {
@@ -27,17 +56,23 @@ impl Ept01 {
     /// [`MemoryError::PoolEmpty`] when the pool can't hold the tables (it needs one page
     /// for each 2 MiB that can't be mapped by a large page).
     pub fn build(
-        memory: &MachineMemory,
-        pool: &PagePool,
+        memory: &Arc<MachineMemory>,
+        pool: &Arc<PagePool>,
         regions: &[RamRegion],
         capabilities: u64,
     ) -> Result<Self, MemoryError> {
-        let mut ept = Self { root: pool.alloc()?, tables: 1 };
+        let mut ept = Self {
+            memory: memory.clone(),
+            pool: pool.clone(),
+            root: pool.alloc()?,
+            tables: 1,
+            protected: Mutex::default(),
+        };
         for r in regions {
             let (mut gpa, mut machine, mut left) = (r.start.0, r.machine.0, r.len);
             while left >= memory::PAGE_SIZE {
                 let level = leaf_level(gpa | machine, left, capabilities);
-                ept.map(memory, pool, gpa, machine, level)?;
+                ept.map(gpa, machine, level)?;
                 let size = 1 << SHIFT[level];
                 gpa += size;
                 machine += size;
@@ -53,36 +88,128 @@ impl Ept01 {
         ept::eptp(self.root.0, false)
     }
 
-    /// How many pages of the pool the tables take.
+    /// How many pages of the pool the tables took when they were built.
     pub fn tables(&self) -> u64 {
         self.tables
     }
 
+    /// Takes the write permission of the page of `at` away. Each call needs one of
+    /// [`Self::release`]. Whether anything changed, so that the engine has to drop its translations.
+    ///
+    /// # Errors
+    /// [`MemoryError::PoolEmpty`] when a large page can't be split; then nothing is protected.
+    pub fn protect(&self, at: L1Gpa) -> Result<bool, MemoryError> {
+        let mut p = lock(&self.protected);
+        if let Some(n) = p.pages.get_mut(&at.page()) {
+            *n += 1;
+            return Ok(false);
+        }
+        let Some(slot) = self.split_to(&mut p, at)? else { return Ok(false) };
+        p.pages.insert(at.page(), 1);
+        let entry = self.memory.read_u64(slot)?;
+        self.memory.write_u64(slot, entry & !ept::W)?;
+        Ok(true)
+    }
+
+    /// Ends one protection of the page of `at`. Whether tables were freed, so that the engine has to
+    /// drop what it cached of them.
+    ///
+    /// # Errors
+    /// None for tables that this type made.
+    pub fn release(&self, at: L1Gpa) -> Result<bool, MemoryError> {
+        let mut p = lock(&self.protected);
+        let Some(n) = p.pages.get_mut(&at.page()) else { return Ok(false) };
+        *n -= 1;
+        if *n > 0 {
+            return Ok(false);
+        }
+        p.pages.remove(&at.page());
+        if let Some(slot) = self.split_to(&mut p, at)? {
+            let entry = self.memory.read_u64(slot)?;
+            self.memory.write_u64(slot, entry | ept::W)?;
+        }
+        self.merge(&mut p, at)
+    }
+
+    /// Whether the page of `at` is protected.
+    pub fn is_protected(&self, at: L1Gpa) -> bool {
+        lock(&self.protected).pages.contains_key(&at.page())
+    }
+
+    /// The entry of the 4-KiB page of `at`; `None` where nothing is mapped. Large pages on the way are
+    /// split.
+    fn split_to(&self, p: &mut Protected, at: L1Gpa) -> Result<Option<MachineAddr>, MemoryError> {
+        let mut table = self.root;
+        for level in (1..4).rev() {
+            let slot = entry_address(table, at.0, level);
+            let entry = self.memory.read_u64(slot)?;
+            table = if entry & ept::RWX == 0 {
+                return Ok(None);
+            } else if entry & ept::LARGE != 0 {
+                let new = self.split(slot, entry, level)?;
+                p.splits.insert((start(at.0, level), level), Split { slot, entry });
+                new
+            } else {
+                MachineAddr(entry & ept::ADDR_MASK)
+            };
+        }
+        let slot = entry_address(table, at.0, 0);
+        Ok((self.memory.read_u64(slot)? & ept::RWX != 0).then_some(slot))
+    }
+
+    /// Replaces a large page by a table that maps the same. The table.
+    fn split(&self, slot: MachineAddr, entry: u64, level: usize) -> Result<MachineAddr, MemoryError> {
+        let table = self.pool.alloc()?;
+        let child = if level == 1 { entry & !ept::LARGE } else { entry };
+        for i in 0..512 {
+            self.memory.write_u64(table.offset(i * 8), child + (i << SHIFT[level - 1]))?;
+        }
+        self.memory.write_u64(slot, table.0 | ept::RWX)?;
+        Ok(table)
+    }
+
+    /// Puts the large pages around `at` together again that hold nothing protected.
+    fn merge(&self, p: &mut Protected, at: L1Gpa) -> Result<bool, MemoryError> {
+        let mut merged = false;
+        for level in 1..3 {
+            let start = start(at.0, level);
+            let pages = start >> SHIFT[0]..(start + (1 << SHIFT[level])) >> SHIFT[0];
+            if p.pages.range(pages).next().is_some() {
+                break;
+            }
+            if let Some(split) = p.splits.remove(&(start, level)) {
+                let table = MachineAddr(self.memory.read_u64(split.slot)? & ept::ADDR_MASK);
+                self.memory.write_u64(split.slot, split.entry)?;
+                self.pool.free(table);
+                merged = true;
+            }
+        }
+        Ok(merged)
+    }
+
     /// Writes the leaf for `gpa` at table `level` (0 is a page table).
-    fn map(
-        &mut self,
-        memory: &MachineMemory,
-        pool: &PagePool,
-        gpa: u64,
-        machine: u64,
-        level: usize,
-    ) -> Result<(), MemoryError> {
+    fn map(&mut self, gpa: u64, machine: u64, level: usize) -> Result<(), MemoryError> {
         let mut table = self.root;
         for l in (level + 1..4).rev() {
             let slot = entry_address(table, gpa, l);
-            let entry = memory.read_u64(slot)?;
+            let entry = self.memory.read_u64(slot)?;
             table = if entry & ept::RWX == 0 {
-                let new = pool.alloc()?;
+                let new = self.pool.alloc()?;
                 self.tables += 1;
-                memory.write_u64(slot, new.0 | ept::RWX)?;
+                self.memory.write_u64(slot, new.0 | ept::RWX)?;
                 new
             } else {
                 MachineAddr(entry & ept::ADDR_MASK)
             };
         }
         let large = if level == 0 { 0 } else { ept::LARGE };
-        memory.write_u64(entry_address(table, gpa, level), machine | LEAF | large)
+        self.memory.write_u64(entry_address(table, gpa, level), machine | LEAF | large)
     }
+}
+
+/// Start of what an entry of `level` maps around `gpa`.
+fn start(gpa: u64, level: usize) -> u64 {
+    gpa >> SHIFT[level] << SHIFT[level]
 }
 
 /// The largest page for a mapping whose addresses, or'ed, are `addresses`.
@@ -131,7 +258,7 @@ mod tests {
 
     fn build(size: u64, caps: u64) -> (Arc<MachineMemory>, Ept01) {
         let m = Arc::new(MachineMemory::new(size + (64 << 20)).unwrap());
-        let pool = PagePool::new(m.clone(), MachineAddr(size), 16 << 10).unwrap();
+        let pool = Arc::new(PagePool::new(m.clone(), MachineAddr(size), 16 << 10).unwrap());
         let e = Ept01::build(&m, &pool, &RamLayout::new(size).regions, caps).unwrap();
         (m, e)
     }
@@ -169,9 +296,41 @@ mod tests {
     }
 
     #[test]
+    fn a_page_is_protected_and_released() {
+        let size = 2 << 30;
+        let (m, e) = build(size, ept_vpid::PAGE_1G | ept_vpid::PAGE_2M);
+        let used = e.pool.used();
+        let before = walk(&m, e.eptp(), 0x4567_8000).unwrap();
+        assert_eq!(e.protect(L1Gpa(0x4567_8123)), Ok(true));
+        assert_eq!(e.protect(L1Gpa(0x4567_8000)), Ok(false), "it is already");
+        assert!(e.is_protected(L1Gpa(0x4567_8fff)) && !e.is_protected(L1Gpa(0x4567_9000)));
+        let (leaf, level, machine) = walk(&m, e.eptp(), 0x4567_8000).unwrap();
+        assert_eq!((leaf & 0xfff, level, machine), (0x35, 0, before.2));
+        // What is around it is mapped as before.
+        for (gpa, level) in [(0x4567_7008, 0), (0x4567_9008, 0), (0x4580_0008, 1), (0x4000_0008, 1), (8, 2)] {
+            let (leaf, l, machine) = walk(&m, e.eptp(), gpa).unwrap();
+            assert_eq!((leaf & 7, l, machine), (7, level, gpa), "{gpa:#x}");
+            assert_eq!(leaf & ept::LARGE != 0, level > 0);
+        }
+        assert_eq!(e.pool.used(), used + 2);
+        assert_eq!(e.protect(L1Gpa(0x4580_0000)), Ok(true));
+        assert_eq!(e.pool.used(), used + 3);
+        assert_eq!(e.release(L1Gpa(0x4567_8000)), Ok(false), "protected twice");
+        assert_eq!(walk(&m, e.eptp(), 0x4567_8000).unwrap().0 & 7, 5);
+        assert_eq!(e.release(L1Gpa(0x4567_8000)), Ok(true));
+        assert_eq!(walk(&m, e.eptp(), 0x4567_8000).unwrap().1, 1, "the other is in another 2 MiB");
+        assert_eq!(e.release(L1Gpa(0x4580_0000)), Ok(true));
+        assert_eq!(walk(&m, e.eptp(), 0x4567_8000), Some(before));
+        assert_eq!(e.pool.used(), used);
+        // Nothing to protect where there is no RAM, and nothing to release.
+        assert_eq!(e.protect(L1Gpa(size)), Ok(false));
+        assert_eq!(e.release(L1Gpa(size)), Ok(false));
+    }
+
+    #[test]
     fn a_full_pool_is_an_error() {
         let m = Arc::new(MachineMemory::new(65 << 20).unwrap());
-        let pool = PagePool::new(m.clone(), MachineAddr(64 << 20), 10).unwrap();
+        let pool = Arc::new(PagePool::new(m.clone(), MachineAddr(64 << 20), 10).unwrap());
         let r = Ept01::build(&m, &pool, &RamLayout::new(64 << 20).regions, 0);
         assert_eq!(r.unwrap_err(), MemoryError::PoolEmpty { pages: 10 });
     }

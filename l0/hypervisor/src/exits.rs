@@ -10,7 +10,7 @@ use x86_spec::interruption::EventType;
 use x86_spec::reg::{efer, gpr, rflags, xcr0};
 use x86_spec::segment::seg;
 
-use crate::board::{Board, CpuBus};
+use crate::board::Board;
 use crate::cpuid::CpuidState;
 use crate::msr::{ApicMsrs, MsrContext};
 use crate::nested::vmx_instruction;
@@ -258,15 +258,13 @@ fn io_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 
 /// Has the engine execute the instruction with the machine's buses.
 fn emulate<E: Engine>(cpu: &mut VcpuLoop<E>) -> Outcome {
-    let vm = cpu.vm().clone();
-    let mut bus = CpuBus { board: vm.board(), cpu: cpu.index() };
-    match cpu.vcpu.emulate(&mut cpu.vmcs, &mut cpu.regs, &mut bus) {
+    match cpu.emulate_instruction() {
         None => Outcome::Resume,
         // The engine can't do this one; the same exit would come for ever.
         Some(again) if matches!(again.reason, ExitReason::EptViolation | ExitReason::IoInstruction) => {
             cpu.crash(unsupported_access(&again))
         }
-        Some(other) => cpu.dispatch(&other),
+        Some(other) => cpu.dispatch_emulated(&other),
     }
 }
 
@@ -283,9 +281,8 @@ fn unsupported_access(exit: &VmExit) -> CrashCause {
 
 fn ept_violation<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     let gpa = exit.guest_physical.0;
-    if exit.qualification & ept_violation::NMI_UNBLOCKING != 0 && !exit.idt_vectoring.is_valid() {
-        // SDM Vol. 3C §28.2.3: IRET had unblocked NMIs and is about to be executed again.
-        cpu.vmcs.guest.interruptibility |= interruptibility::NMI;
+    if let Some(outcome) = cpu.write_to_table(exit) {
+        return outcome;
     }
     if let Some((machine, _)) = cpu.vm().ram().translate(memory::L1Gpa(gpa)) {
         return Outcome::End(RunEnd::Internal(format!(

@@ -28,7 +28,7 @@ pub mod vm;
 pub mod vmcs01;
 
 pub use board::Board;
-pub use nested::{Ept02Config, MAX_EPT02_PAGES, MIN_EPT02_PAGES, VmcsAccess};
+pub use nested::{Ept02Config, EptSync, MAX_EPT02_PAGES, MIN_EPT02_PAGES, VmcsAccess};
 pub use report::CrashReport;
 pub use vcpu_loop::{RunEnd, Start, VcpuLoop};
 pub use vm::{FailedEntries, Vm, VmBuilder, VmConfig, VmError, VmHandle};

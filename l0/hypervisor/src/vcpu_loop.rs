@@ -9,10 +9,11 @@ use devices::MachineEvent;
 use engine::{Engine, EngineVmcs, GuestRegs, Vcpu, VmExit, interruptibility};
 use machine::boot::BootState;
 use x86_spec::controls::PrimaryControls;
+use x86_spec::exception;
+use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::reg::rflags;
 use x86_spec::segment::seg;
-use x86_spec::{exception, exit::ExitReason};
 
 use crate::board::{Board, CpuBus};
 use crate::cpuid;
@@ -354,6 +355,12 @@ impl<E: Engine> VcpuLoop<E> {
     pub(crate) fn keep_interrupted_event(&mut self, exit: &VmExit) {
         let info = exit.idt_vectoring;
         if !info.is_valid() {
+            let unblocked = exit.reason == ExitReason::EptViolation
+                && exit.qualification & ept_violation::NMI_UNBLOCKING != 0;
+            if unblocked {
+                // §28.2.3: IRET had unblocked NMIs and is about to be executed again.
+                self.vmcs.guest.interruptibility |= interruptibility::NMI;
+            }
             return;
         }
         if info.event_type() == EventType::Nmi {

@@ -42,10 +42,11 @@ impl VmConfig {
     fn ram_pages(&self) -> u64 {
         self.ram.div_ceil(PAGE_SIZE)
     }
-    /// EPT01 needs at most one table for 512 pages, plus the upper levels; each vCPU has an EPT02.
+    /// EPT01 needs at most one table for 512 pages, and one for 512 of those; each vCPU has an EPT02.
     fn pool_pages(&self) -> u64 {
         let ept02 = self.ept02.pages.saturating_mul(u64::from(self.cpus.max(1)));
-        (self.ram_pages() / 512 + POOL_RESERVE).saturating_add(ept02)
+        let tables = self.ram_pages() / 512;
+        (tables + tables / 512 + POOL_RESERVE).saturating_add(ept02)
     }
     /// Bytes of machine memory that the machine needs: L1's RAM from 0, L0's pool
     /// after it. `None` past 2^63.

@@ -83,6 +83,14 @@ impl L1Ram {
         })
     }
 
+    /// The L1 physical address of RAM at machine address `at`; `None` for other machine memory.
+    pub fn gpa_of(&self, at: MachineAddr) -> Option<L1Gpa> {
+        self.layout.regions.iter().find_map(|r| {
+            let off = at.0.checked_sub(r.machine.0).filter(|o| *o < r.len)?;
+            Some(r.start.offset(off))
+        })
+    }
+
     fn range(&self, gpa: L1Gpa, len: usize) -> Result<MachineAddr, MemoryError> {
         match self.translate(gpa) {
             Some((m, room)) if room >= len as u64 => Ok(m),
@@ -126,6 +134,11 @@ mod tests {
         assert_eq!(l.regions[1].start, L1Gpa(4 << 30));
         assert_eq!(l.regions[1].len, 3 << 30);
         assert_eq!(l.regions[1].machine, MachineAddr(3 << 30));
+        let mem = Arc::new(MachineMemory::new(7 << 30).unwrap());
+        let ram = L1Ram::new(mem, l).unwrap();
+        assert_eq!(ram.gpa_of(MachineAddr((3 << 30) + 5)), Some(L1Gpa((4 << 30) + 5)));
+        assert_eq!(ram.gpa_of(MachineAddr(5)), Some(L1Gpa(5)));
+        assert_eq!(ram.gpa_of(MachineAddr(6 << 30)), None);
     }
 
     #[test]

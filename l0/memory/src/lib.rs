@@ -11,5 +11,5 @@ mod pool;
 
 pub use addr::{Gpa, L1Gpa, L2Gpa, MachineAddr, PAGE_SHIFT, PAGE_SIZE};
 pub use l1ram::{L1Ram, RamLayout, RamRegion};
-pub use machine::{CodeWatcher, MachineMemory, MemoryError};
+pub use machine::{CodeWatcher, MachineMemory, MemoryError, WatchedWrites};
 pub use pool::PagePool;

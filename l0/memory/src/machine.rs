@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
@@ -54,6 +54,30 @@ pub trait CodeWatcher: Send + Sync {
     fn code_page_written(&self, page: u64);
 }
 
+/// Writes to watched pages are kept apart up to this many; more are "anything".
+const MAX_WATCHED_WRITES: usize = 256;
+
+/// Writes to watched pages, in order. Writes that continue each other are one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WatchedWrites {
+    /// Start and length in bytes of each.
+    pub writes: Vec<(MachineAddr, u64)>,
+    /// There were too many: any watched page may have been written.
+    pub overflow: bool,
+}
+
+impl WatchedWrites {
+    fn add(&mut self, addr: MachineAddr, len: u64) {
+        let room = self.writes.len() < MAX_WATCHED_WRITES;
+        match self.writes.last_mut() {
+            Some((last, n)) if last.offset(*n) == addr => *n += len,
+            Some((last, n)) if *last <= addr && addr.offset(len) <= last.offset(*n) => {}
+            _ if room => self.writes.push((addr, len)),
+            _ => self.overflow = true,
+        }
+    }
+}
+
 /// Machine memory: a sparse memfd mapped once. Pages that were never touched cost
 /// nothing.
 ///
@@ -67,6 +91,11 @@ pub struct MachineMemory {
     code: Box<[AtomicU8]>,
     /// One bit a page: set when written since the bit was last taken.
     dirty: Box<[AtomicU64]>,
+    /// One bit a page: writes to it are kept in `watched_writes`.
+    watched: Box<[AtomicU64]>,
+    watched_writes: Mutex<WatchedWrites>,
+    /// `watched_writes` has something.
+    has_watched_writes: AtomicBool,
     watchers: RwLock<Vec<Arc<dyn CodeWatcher>>>,
 }
 
@@ -106,6 +135,9 @@ impl MachineMemory {
             region,
             code: zeroed_atomics_u8(pages),
             dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            watched: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            watched_writes: Mutex::default(),
+            has_watched_writes: AtomicBool::new(false),
             watchers: RwLock::new(Vec::new()),
         })
     }
@@ -249,6 +281,24 @@ impl MachineMemory {
         if len == 0 {
             return;
         }
+        let last = addr.offset(len - 1).page();
+        for page in addr.page()..=last {
+            if self.is_watched(page) {
+                let start = addr.0.max(page << PAGE_SHIFT);
+                let end = addr.offset(len).0.min((page + 1) << PAGE_SHIFT);
+                self.watched_writes().add(MachineAddr(start), end - start);
+                self.has_watched_writes.store(true, Ordering::Release);
+            }
+        }
+        self.flags_written(addr, len);
+    }
+
+    /// As [`Self::written`], for accessed and dirty flags that L0 sets in L1's tables as a processor
+    /// does: those who watch tables are not told, since no translation changes.
+    pub fn flags_written(&self, addr: MachineAddr, len: u64) {
+        if len == 0 {
+            return;
+        }
         for page in addr.page()..=addr.offset(len - 1).page() {
             self.mark_dirty(page);
             if self.is_code_page(page) {
@@ -259,6 +309,38 @@ impl MachineMemory {
                 }
             }
         }
+    }
+
+    /// Starts or stops to keep the writes to `page` by anyone but a guest's own instructions
+    /// (which a guest's EPT can make exit): devices, L0, and L0 on behalf of a guest.
+    pub fn watch_page(&self, page: u64, on: bool) {
+        if let Some(w) = self.watched.get((page / 64) as usize) {
+            let bit = 1 << (page % 64);
+            if on {
+                w.fetch_or(bit, Ordering::SeqCst)
+            } else {
+                w.fetch_and(!bit, Ordering::SeqCst)
+            };
+        }
+    }
+
+    fn is_watched(&self, page: u64) -> bool {
+        let word = self.watched.get((page / 64) as usize).map_or(0, |w| w.load(Ordering::Relaxed));
+        word >> (page % 64) & 1 != 0
+    }
+
+    fn watched_writes(&self) -> MutexGuard<'_, WatchedWrites> {
+        self.watched_writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the writes to watched pages since the last call; `None` if there were none.
+    pub fn take_watched_writes(&self) -> Option<WatchedWrites> {
+        if !self.has_watched_writes.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut writes = self.watched_writes();
+        self.has_watched_writes.store(false, Ordering::Release);
+        Some(std::mem::take(&mut *writes))
     }
 
     /// Registers someone who caches decoded code.
@@ -307,6 +389,29 @@ mod tests {
         m.write(MachineAddr(0xffe), &[0; 4]).unwrap();
         m.write(MachineAddr(0x1000), &[0; 4]).unwrap();
         assert_eq!(*log.0.lock().unwrap(), [1]);
+    }
+
+    #[test]
+    fn writes_to_watched_pages_are_kept() {
+        let m = MachineMemory::new(0x8000).unwrap();
+        m.watch_page(2, true);
+        m.write(MachineAddr(0x1000), &[1; 8]).unwrap();
+        assert_eq!(m.take_watched_writes(), None);
+        m.write(MachineAddr(0x1ffc), &[1; 8]).unwrap();
+        m.write_u64(MachineAddr(0x2008), 1).unwrap();
+        m.fill(MachineAddr(0x2010), 0, 0x20).unwrap();
+        m.flags_written(MachineAddr(0x2800), 8);
+        let writes = vec![(MachineAddr(0x2000), 4), (MachineAddr(0x2008), 0x28)];
+        assert_eq!(m.take_watched_writes(), Some(WatchedWrites { writes, overflow: false }));
+        assert_eq!(m.take_watched_writes(), None);
+        for i in 0..512 {
+            m.write_u64(MachineAddr(0x2000 + (i * 16) % 0x1000), 1).unwrap();
+        }
+        let taken = m.take_watched_writes().unwrap();
+        assert!(taken.overflow && taken.writes.len() == MAX_WATCHED_WRITES);
+        m.watch_page(2, false);
+        m.fill(MachineAddr(0x2000), 0, 0x1000).unwrap();
+        assert_eq!(m.take_watched_writes(), None);
     }
 
     #[test]

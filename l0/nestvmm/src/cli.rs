@@ -210,6 +210,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = Ept02Config::default().pages,
         value_parser = RangedU64ValueParser::<u64>::new().range(MIN_EPT02_PAGES..=MAX_EPT02_PAGES))]
     pub ept02_pages: u64,
+    /// How EPT02 follows the guest's own EPT
+    #[arg(long, value_enum, default_value_t = EptSyncChoice::Invept)]
+    pub ept_sync: EptSyncChoice,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none [default: stdio; with --exec none, but the end is shown
     /// when something goes wrong]
@@ -304,6 +307,24 @@ impl From<VmcsAccessChoice> for hypervisor::VmcsAccess {
             VmcsAccessChoice::Trapped => Self::Trapped,
             VmcsAccessChoice::Shadow => Self::Shadow,
             VmcsAccessChoice::Direct => Self::Direct,
+        }
+    }
+}
+
+/// `--ept-sync`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EptSyncChoice {
+    /// When the guest executes INVEPT, as a processor does.
+    Invept,
+    /// At each write to its tables, whose pages are write-protected.
+    WriteProtect,
+}
+
+impl From<EptSyncChoice> for hypervisor::EptSync {
+    fn from(choice: EptSyncChoice) -> Self {
+        match choice {
+            EptSyncChoice::Invept => Self::Invept,
+            EptSyncChoice::WriteProtect => Self::WriteProtect,
         }
     }
 }

@@ -16,7 +16,9 @@ use machine::{Pc, PcConfig, acpi, image};
 use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{ConsoleTarget, EngineChoice, EntryPoint, Explain, OnCrash, OnOff, OnReset, RunArgs};
+use crate::cli::{
+    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnOff, OnReset, RunArgs,
+};
 use crate::console::{Console, Output};
 use crate::crash;
 use crate::exec::NO_STATUS;
@@ -46,6 +48,11 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
 
 fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure> {
     start_log(args)?;
+    if args.engine == EngineChoice::Kvm && args.ept_sync == EptSyncChoice::WriteProtect {
+        return Err(Failure::usage(
+            "--ept-sync write-protect: KVM can't write-protect single pages; use --engine soft",
+        ));
+    }
     check_host_memory(args.memory.0)?;
     let mut files = BootFiles::load(args)?;
     let target = match (&args.console, exec) {
@@ -147,7 +154,7 @@ fn boot_once<E: Engine + 'static>(
         cpus: CPUS.into(),
         vmx: args.vmx == OnOff::On,
         vmcs_access: args.vmcs_access.into(),
-        ept02: Ept02Config { pages: args.ept02_pages },
+        ept02: Ept02Config { pages: args.ept02_pages, sync: args.ept_sync.into() },
     };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
     let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);

@@ -101,6 +101,11 @@ fn bad_usage() {
 
 #[test]
 fn more_memory_than_the_host_has() {
+    fails(
+        &["run", "x", "--engine", "kvm", "--ept-sync", "write-protect"],
+        2,
+        &["--ept-sync", "--engine soft"],
+    );
     fails(&["run", "x", "--memory", "100000T"], 6, &["--memory", "this host"]);
 }
 

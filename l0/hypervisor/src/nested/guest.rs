@@ -28,6 +28,7 @@ use x86_spec::{exception, msr};
 
 use super::l1::L1View;
 use super::msrs::MsrView;
+use crate::board::CpuBus;
 use crate::cpuid::PHYSICAL_BITS;
 use crate::exits::{self, Outcome};
 use crate::report::CrashCause;
@@ -79,22 +80,23 @@ struct L2Bus<'a, B> {
 }
 
 impl<B> L2Bus<'_, B> {
-    fn l1_address(&self, gpa: Gpa) -> Gpa {
+    /// Where the access goes; `None` if L1 does not allow it.
+    fn l1_address(&self, gpa: Gpa, access: Access) -> Option<Gpa> {
         let l2 = L2Gpa(gpa.0);
-        // The access has passed EPT12 once; if L1 changed it since, the old address is as good as any.
-        match walk(self.eptp12, l2, Access::default(), &self.format, self.ram, &mut NoLog) {
-            Ok(leaf) => Gpa(leaf.address(l2).0),
-            Err(_) => gpa,
-        }
+        let leaf = walk(self.eptp12, l2, access, &self.format, self.ram, &mut NoLog).ok()?;
+        Some(Gpa(leaf.address(l2).0))
     }
 }
 
 impl<B: ExitBus> ExitBus for L2Bus<'_, B> {
     fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
-        self.bus.mmio_read(self.l1_address(gpa), size)
+        // Nothing answers where L1 maps nothing: all bits read as one.
+        self.l1_address(gpa, Access::READ).map_or(u64::MAX, |at| self.bus.mmio_read(at, size))
     }
     fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
-        self.bus.mmio_write(self.l1_address(gpa), size, value);
+        if let Some(at) = self.l1_address(gpa, Access::WRITE) {
+            self.bus.mmio_write(at, size, value);
+        }
     }
     fn pio_read(&mut self, port: u16, size: u8) -> u32 {
         self.bus.pio_read(port, size)
@@ -137,16 +139,9 @@ impl<E: Engine> VcpuLoop<E> {
 
     // ---- invalidation -------------------------------------------------------------------------
 
-    fn apply_flush(&self, flush: Flush) {
-        match flush {
-            Flush::None => {}
-            Flush::Eptp(eptp) => self.vm().engine().invalidate(InvalidateScope::Eptp(eptp)),
-            Flush::All => self.vm().engine().invalidate(InvalidateScope::All),
-        }
-    }
-
     /// INVEPT and INVVPID of L1.
     pub(crate) fn nested_invalidate(&mut self, what: Invalidation) {
+        self.take_table_writes();
         let engine = self.vm().engine().clone();
         let Some(n) = self.nested.as_mut() else { return };
         let scope = |vpid12: u16, f: fn(u16) -> InvalidateScope| {
@@ -157,11 +152,11 @@ impl<E: Engine> VcpuLoop<E> {
         match what {
             Invalidation::Eptp(eptp) => {
                 let flush = n.ept02.invept_single(eptp);
-                self.apply_flush(flush);
+                self.ept02_changed(flush);
             }
             Invalidation::AllEptps => {
                 let flush = n.ept02.invept_all();
-                self.apply_flush(flush);
+                self.ept02_changed(flush);
             }
             Invalidation::Address { vpid, linear } => {
                 if let Some(vpid) = n.vpids.lookup(vpid) {
@@ -260,7 +255,7 @@ impl<E: Engine> VcpuLoop<E> {
         let entered =
             enter::enter(&mut n.vmcs01, merged, &self.vmcs, vmcs12, &mut self.regs, vm.ram(), &mut msrs);
         let shares_vpid0 = vpid12(vmcs12) == 0;
-        self.apply_flush(flush);
+        self.ept02_changed(flush);
         if shares_vpid0 {
             self.flush_vpid0();
         } else if vpid.flush {
@@ -480,7 +475,7 @@ impl<E: Engine> VcpuLoop<E> {
         }
         let root = n.ept02.root(root_key(vmcs12));
         self.vmcs.controls.eptp = root.eptp02;
-        self.apply_flush(root.flush);
+        self.ept02_changed(root.flush);
         self.skip_instruction(exit);
         Outcome::Resume
     }
@@ -549,22 +544,25 @@ impl<E: Engine> VcpuLoop<E> {
         }
         match filled {
             Ok(filled) => {
-                self.apply_flush(filled.flush);
+                self.ept02_changed(filled.flush);
                 self.keep_interrupted_event(exit);
                 Outcome::Resume
             }
             Err(EptFault::L0 { fault: L0Fault::NoMemory, .. }) => {
                 self.keep_interrupted_event(exit);
                 self.devices_touched();
-                let bus = crate::board::CpuBus { board: vm.board(), cpu: self.index };
-                let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: key.eptp12, format: format12 };
-                match self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus) {
+                match self.emulate_instruction() {
                     None => Outcome::Resume,
                     Some(again) if again.reason == ExitReason::EptViolation => {
                         self.crash(CrashCause::UnsupportedDeviceAccess { gpa: gpa.0 })
                     }
                     Some(other) => self.dispatch_l2(&other),
                 }
+            }
+            Err(EptFault::L0 { gpa, fault: L0Fault::Denied(_) }) if vm.ept01().is_protected(gpa) => {
+                self.let_table_go_to_l2(gpa);
+                self.keep_interrupted_event(exit);
+                Outcome::Resume
             }
             Err(EptFault::L0 { gpa, fault }) => {
                 Outcome::End(crate::RunEnd::Internal(format!("EPT01 at {gpa} for L2: {fault}")))
@@ -577,12 +575,40 @@ impl<E: Engine> VcpuLoop<E> {
         }
     }
 
+    /// Has the engine execute the instruction at RIP of whoever runs, with the devices of L1's machine on its
+    /// buses. `Some`: the exit that it ended in.
+    pub(crate) fn emulate_instruction(&mut self) -> Option<VmExit> {
+        let vm = self.vm().clone();
+        let mut bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
+        let l2 = (self.nested.as_ref().filter(|n| n.state.in_guest()))
+            .and_then(|n| n.state.current().map(|v| (v, n.caps.ept_vpid)))
+            .filter(|(vmcs12, _)| uses_ept(vmcs12))
+            .map(|(vmcs12, ept_vpid)| (root_key(vmcs12), Format::from_capabilities(ept_vpid, PHYSICAL_BITS)));
+        let Some((key, format)) = l2 else {
+            // L1, or an L2 whose addresses are L1's.
+            return self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus);
+        };
+        let format = format.mode_based_execute(key.mode_based_execute);
+        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: key.eptp12, format };
+        self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus)
+    }
+
+    /// Hands on the exit that [`Self::emulate_instruction`] ended in.
+    pub(crate) fn dispatch_emulated(&mut self, exit: &VmExit) -> Outcome {
+        if self.in_l2() {
+            return self.dispatch_l2(exit);
+        }
+        self.keep_interrupted_event(exit);
+        self.dispatch(exit)
+    }
+
     // ---- before each entry with VMCS02 -------------------------------------------------------------
 
     /// Deals with what came for L1 or L2 while L2 ran. `Some`: an exit to L1 is due instead of an
     /// entry.
     pub(crate) fn prepare_l2(&mut self) -> Option<VmExit> {
         vmcs01::sync_long_mode(&mut self.vmcs);
+        self.take_table_writes();
         if !self.vmcs.controls.entry_interruption.is_valid()
             && let Some(e) = self.event.take()
         {

@@ -9,6 +9,7 @@ pub(crate) mod l1;
 mod msrs;
 mod root;
 mod shadow;
+mod sync;
 
 use engine::{Engine, EngineVmcs};
 use ept_compress::{Ept02, Ept02Error, Format};
@@ -28,6 +29,7 @@ use crate::vm::Vm;
 pub(crate) use root::vmx_instruction;
 use shadow::ShadowPage;
 pub use shadow::VmcsAccess;
+pub use sync::EptSync;
 
 /// The fewest pages that an EPT02 can have. All that one instruction touches must be mapped at
 /// once, or L2 never gets past it: code, operands, stack and descriptor tables that cross
@@ -42,12 +44,14 @@ pub struct Ept02Config {
     /// Pages of L0's memory that they may take, for each vCPU: [`MIN_EPT02_PAGES`] to
     /// [`MAX_EPT02_PAGES`].
     pub pages: u64,
+    /// How they follow EPT12.
+    pub sync: EptSync,
 }
 
 impl Default for Ept02Config {
     /// 8 MiB of tables, which map 4 GiB in pages of 4 KiB.
     fn default() -> Self {
-        Self { pages: 2048 }
+        Self { pages: 2048, sync: EptSync::Invept }
     }
 }
 
@@ -72,6 +76,7 @@ pub(crate) struct Nested {
     /// VMCS01 while L2 runs; else what is left of VMCS02.
     vmcs01: Box<EngineVmcs>,
     ept02: Ept02,
+    sync: EptSync,
     vpids: VpidMap,
     pages: Pages,
     /// L1's VMX-preemption timer.
@@ -118,6 +123,8 @@ impl Nested {
             .transpose()?;
         let hz = vm.engine().tsc_frequency().max(1);
         let hyperv = model.has_hyperv().then(|| HyperV::new(index as u32, hz, model.crystal().hz.into()));
+        let Ept02Config { pages, sync } = vm.ept02_config();
+        let protect = sync == EptSync::WriteProtect;
         Ok(Self {
             hyperv,
             shadow,
@@ -125,7 +132,8 @@ impl Nested {
             caps,
             state: VmxState::new(FeatureControl::ENABLED),
             vmcs01: Box::default(),
-            ept02: Ept02::new(vm.memory().clone(), pool.clone(), vm.ept02_config().pages, format, false)?,
+            ept02: Ept02::new(vm.memory().clone(), pool.clone(), pages, format, protect)?,
+            sync,
             vpids: VpidMap::default(),
             pages: Pages {
                 io_bitmap_a: pool.alloc()?,

@@ -1,6 +1,7 @@
 //! L1 in VMX root operation: its VMX instructions, and what they restrict (SDM Vol. 3C §24.8).
 
 use engine::{Engine, VmExit};
+use memory::L1Gpa;
 use vmx_emu::{Capabilities, Fault, Outcome as Vmx, VmResult, instructions};
 use x86_spec::exception;
 use x86_spec::exit::ExitReason;
@@ -33,6 +34,11 @@ pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -
             cpu.complete_vmx(exit, VmResult::Succeed)
         }
         // An operand of a VMX instruction in device memory: what the access did there is the answer.
+        Some(Vmx::Exit(access)) if vm.ept01().is_protected(L1Gpa(access.guest_physical.0)) => {
+            // The instruction starts again.
+            cpu.let_table_go(L1Gpa(access.guest_physical.0));
+            Outcome::Resume
+        }
         Some(Vmx::Exit(access)) => {
             tracing::warn!(gpa = %access.guest_physical, "operand of a VMX instruction outside RAM: #GP");
             cpu.nested_fault(Fault::GP)

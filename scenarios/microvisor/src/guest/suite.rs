@@ -146,6 +146,7 @@ pub fn main(options: &str) -> bool {
         return false;
     }
     cpu::apic::init();
+    vmx::NO_INVEPT.store(has(options, "no-invept"), core::sync::atomic::Ordering::Relaxed);
     let caps = Caps::read();
     let rounds = word(options, "rounds=").and_then(|n| n.parse().ok()).unwrap_or(10_000);
     if has(options, "vmexit") {

@@ -1,6 +1,8 @@
 //! The VMX instructions, each with its outcome as the SDM defines it (Vol. 3C §31.2), and
 //! the capability MSRs.
 
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use super::cpu;
 use super::trap::{self, Fault};
 
@@ -108,8 +110,14 @@ pub fn vmwrite64(field: u64, value: u64) -> Vmx {
 pub fn invept_at(kind: u64, at: *const u64) -> Vmx {
     outcome(trap::guarded!("push 0x8d7\npopfq\ninvept {k}, [{at}]", k = in(reg) kind, at = in(reg) at)?)
 }
+/// Set by the word `no-invept`: the processor has to see changes of EPT structures by itself.
+pub static NO_INVEPT: AtomicBool = AtomicBool::new(false);
+
 /// INVEPT.
 pub fn invept(kind: u64, eptp: u64) -> Vmx {
+    if NO_INVEPT.load(Relaxed) {
+        return Ok(());
+    }
     let descriptor = [eptp, 0];
     invept_at(kind, descriptor.as_ptr())
 }

@@ -33,6 +33,8 @@ super::cases! { true;
     "ept.invept.all" "Vol. 3C 29.4.3.1" invept_all;
     "ept.two_roots" "Vol. 3C 29.4" two_roots;
     "ept.many_tables" "Vol. 3C 29.3.2" many_tables;
+    "ept.written.instructions" "Vol. 3C 29.4.3.1" written_by_instructions;
+    "ept.written.by_l2" "Vol. 3C 29.4.3.1" written_by_l2;
     "ept.pml.log" "Vol. 3C 29.3.6" pml_log;
     "ept.pml.full" "Vol. 3C 29.3.6" pml_full;
     "ept.mode_based.supervisor" "Vol. 3C 29.3.2" mode_based_supervisor;
@@ -483,6 +485,78 @@ fn many_tables(ctx: &mut Ctx) -> Outcome {
     check!("sum", vm.regs.rax, REGIONS * (REGIONS - 1) / 2);
     for i in 0..REGIONS {
         check!(format_args!("word {i}"), memory::read::<u64>(page + 8 * i), i);
+    }
+    Ok(())
+}
+
+/// Instructions that write RCX to an entry at RDX, which holds RAX.
+const WRITERS: &[(&str, unsafe fn(u64, u64, u64))] = &[
+    ("MOV", |slot, _, new| unsafe { core::arch::asm!("mov [{}], {}", in(reg) slot, in(reg) new) }),
+    ("LOCK CMPXCHG", |slot, old, new| unsafe {
+        core::arch::asm!("lock cmpxchg [{}], {}", in(reg) slot, in(reg) new, inout("rax") old => _)
+    }),
+    ("XCHG", |slot, _, new| unsafe { core::arch::asm!("xchg [{}], {}", in(reg) slot, inout(reg) new => _) }),
+    ("two halves", |slot, _, new| unsafe {
+        core::arch::asm!("mov [{s}], {n:e}", "shr {n}, 32", "mov [{s} + 4], {n:e}", s = in(reg) slot, n = inout(reg) new => _)
+    }),
+    ("PUSH", |slot, _, new| unsafe {
+        core::arch::asm!("mov {s}, rsp", "lea rsp, [{a} + 8]", "push {n}", "mov rsp, {s}",
+            a = in(reg) slot, n = in(reg) new, s = out(reg) _)
+    }),
+    ("MOVUPS", |slot, _, new| unsafe {
+        let both = [new, (slot as *const u64).add(1).read_volatile()];
+        core::arch::asm!("movups {x}, [{b}]", "movups [{s}], {x}", b = in(reg) &both, s = in(reg) slot, x = out(xmm_reg) _)
+    }),
+    ("REP MOVSQ", |slot, _, new| unsafe {
+        let copy = core::ptr::read_volatile(&new);
+        core::arch::asm!("rep movsq", inout("rcx") 1_u64 => _, inout("rsi") &copy => _, inout("rdi") slot => _)
+    }),
+    ("VMREAD", |slot, _, new| unsafe {
+        let _ = vmx::vmwrite(GUEST_SYSENTER_ESP, new);
+        core::arch::asm!("vmread [{}], {}", in(reg) slot, in(reg) u64::from(GUEST_SYSENTER_ESP));
+        let _ = vmx::vmwrite(GUEST_SYSENTER_ESP, 0);
+    }),
+];
+
+/// Whatever instruction changes an entry, INVEPT makes it seen.
+fn written_by_instructions(ctx: &mut Ctx) -> Outcome {
+    let (mut vm, ept) = accessing(ctx, READ)?;
+    let address = 0xc000_3000_u64;
+    let (a, b) = two_pages();
+    let slot = ept.entry_at(address, 1);
+    memory::write(slot, a | RWX | WB);
+    for (name, write) in WRITERS {
+        for (old, new, expected) in [(a, b, 0xbb), (b, a, 0xaa)] {
+            vm.invalidate();
+            reads(&mut vm, "before", address, 0x165_u64.wrapping_sub(expected) as u8)?;
+            unsafe { write(slot, old | RWX | WB, new | RWX | WB) };
+            check!(format_args!("the entry, by {name}"), memory::read::<u64>(slot), new | RWX | WB);
+            vm.invalidate();
+            vm.regs = Regs { rbx: address, ..Regs::default() };
+            vm.set(GUEST_RIP, vm.code)?;
+            vm.finish()?;
+            check!(format_args!("what L2 reads after {name}"), vm.regs.rax, expected);
+        }
+    }
+    Ok(())
+}
+
+/// L2 changes its own entry, which L1's identity map lets it do.
+fn written_by_l2(ctx: &mut Ctx) -> Outcome {
+    let mut vm =
+        Vm::new(&ctx.caps, code!["mov al, [rbx]", "mov [rdx], rcx", "mov dword ptr [rsi], 7", "vmcall"])?;
+    let ept = vm.need_ept()?;
+    let address = 0xc000_3000_u64;
+    let (a, b) = two_pages();
+    let slot = ept.entry_at(address, 1);
+    memory::write(slot, a | RWX | WB);
+    for (new, expected) in [(b, 0xaa), (a, 0xbb), (b, 0xaa)] {
+        vm.regs = Regs { rbx: address, rcx: new | RWX | WB, rdx: slot, rsi: vm.data, ..Regs::default() };
+        vm.set(GUEST_RIP, vm.code)?;
+        vm.finish()?;
+        check!("what L2 read", vm.regs.rax, expected);
+        check!("the entry", memory::read::<u64>(slot), new | RWX | WB);
+        vm.invalidate();
     }
     Ok(())
 }
