@@ -396,7 +396,7 @@ impl<E: Engine> VcpuLoop<E> {
             return None;
         }
         let vm = self.vm.clone();
-        let mut bus = CpuBus { board: vm.board(), cpu: self.index };
+        let mut bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
         self.vcpu.settle(&mut self.vmcs, &mut self.regs, &mut bus)
     }
 
