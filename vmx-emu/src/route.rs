@@ -146,7 +146,7 @@ pub const TABLE: &[Rule] = &[
         c.when(c.primary(C::INVLPG_EXITING), "INVLPG exiting", "L0 performs it")
     }),
     rule(R::Rdpmc, "26.1.3", |_, c| {
-        c.when(c.primary(C::RDPMC_EXITING), "RDPMC exiting", "L0 answers for the missing counters")
+        c.when(c.primary(C::RDPMC_EXITING), "RDPMC exiting", "the engine performs it")
     }),
     rule(R::Rdtsc, "26.1.3", |_, c| c.when(c.primary(C::RDTSC_EXITING), "RDTSC exiting", "L0 performs it")),
     rule(R::Rsm, "26.1.2", always),

@@ -59,7 +59,7 @@ const PLACES: &[Place] = places! {
     1 7 SYSTEM "flags.rs" "HLT_EXITING" "where L1 does not ask for it, L0 waits on L2's behalf";
     1 9 SYSTEM "misc.rs" "INVLPG_EXITING" "";
     1 10 SYSTEM "misc.rs" "MWAIT_EXITING" "without it MWAIT is #UD: L1's CPUID has no MONITOR";
-    1 11 SYSTEM "misc.rs" "RDPMC_EXITING" "without it RDPMC is #GP: there are no counters";
+    1 11 SYSTEM "misc.rs" "RDPMC_EXITING" "without it the engine reads L1's counters";
     1 12 SYSTEM "misc.rs" "RDTSC_EXITING" "RDTSCP too";
     1 15 SYSTEM "control.rs" "CR3_LOAD_EXITING" "with four CR3-target values";
     1 16 SYSTEM "control.rs" "CR3_STORE_EXITING" "";
@@ -97,6 +97,7 @@ const PLACES: &[Place] = places! {
     2 25 SYSTEM "misc.rs" "USE_TSC_SCALING" "L1's multiplier is composed with L0's offset (`vmx-emu/src/merge/tsc.rs`)";
     3 2 "vmx-emu/src" "reflect.rs" "SAVE_DEBUG_CONTROLS" "";
     3 9 "vmx-emu/src" "reflect.rs" "HOST_ADDRESS_SPACE_SIZE" "";
+    3 12 "vmx-emu/src" "reflect.rs" "LOAD_IA32_PERF_GLOBAL_CTRL" "";
     3 15 NESTED "guest.rs" "ACK_INTERRUPT_ON_EXIT" "";
     3 18 "vmx-emu/src" "reflect.rs" "SAVE_IA32_PAT" "";
     3 19 "vmx-emu/src" "reflect.rs" "LOAD_IA32_PAT" "";
@@ -105,6 +106,7 @@ const PLACES: &[Place] = places! {
     3 22 "vmx-emu/src" "reflect.rs" "SAVE_VMX_PREEMPTION_TIMER" "";
     4 2 "vmx-emu/src" "enter.rs" "LOAD_DEBUG_CONTROLS" "";
     4 9 "vmx-emu/src" "enter.rs" "IA32E_MODE_GUEST" "";
+    4 13 "vmx-emu/src" "enter.rs" "LOAD_IA32_PERF_GLOBAL_CTRL" "the engine counts L2 with it, in L1's counters";
     4 14 "vmx-emu/src" "enter.rs" "LOAD_IA32_PAT" "";
     4 15 "vmx-emu/src" "enter.rs" "LOAD_IA32_EFER" "";
 };

@@ -620,6 +620,14 @@ impl LocalApic {
         }
     }
 
+    /// A performance counter that overflowed asks for an interrupt: its entry says which, and gets
+    /// masked (SDM Vol. 3A §11.5.1). Returns whether the processor has something new to take.
+    pub fn performance_interrupt(&mut self) -> bool {
+        let raised = self.deliver_lvt(Lvt::Perf);
+        self.lvt[Lvt::Perf as usize] |= LVT_MASKED;
+        raised
+    }
+
     /// Drives a LINT pin (0 or 1). Returns whether the processor has something new to take.
     pub fn set_lint(&mut self, pin: u8, level: bool) -> bool {
         let (index, lvt) = if pin == 0 { (0, Lvt::Lint0) } else { (1, Lvt::Lint1) };

@@ -193,6 +193,12 @@ pub struct Cpu {
     pub shadow_layout: Arc<crate::system::shadow_vmcs::ShadowLayout>,
     /// What is remembered between instruction boundaries.
     pub boundary: crate::system::pending::Boundary,
+    /// The performance-monitoring unit's registers, but for IA32_PERF_GLOBAL_CTRL.
+    pub pmu: Box<engine::Pmu>,
+    /// IA32_PERF_GLOBAL_CTRL.
+    pub perf_global_ctrl: u64,
+    /// What the performance counters count.
+    pub counting: crate::system::pmu::Counting,
     /// Execute the next instruction alone although nothing else asks for it.
     pub force_single: bool,
     /// Only one instruction is to be executed ([`engine::Vcpu::emulate`]).
@@ -515,6 +521,9 @@ impl Cpu {
         self.block_mode = self.code_size as u8 | if self.segments[seg::SS].access.db() { 4 } else { 0 };
         self.ctx = self.ctx & !3 | self.privilege_mode();
         self.mmu_paging_mode_changed();
+        if self.counting.by_privilege {
+            self.privilege_changed();
+        }
     }
 
     /// Bits 1:0 of the TLB context: how data accesses are checked.

@@ -107,7 +107,10 @@ impl Engine for SoftEngine {
         &self.capabilities
     }
     fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        thunk::supported_features(leaf, subleaf)
+        match leaf {
+            0xa => x86_spec::pmu::LEAF,
+            _ => thunk::supported_features(leaf, subleaf),
+        }
     }
     fn tsc_frequency(&self) -> u64 {
         self.tsc_frequency
@@ -192,6 +195,9 @@ impl Cpu {
             virtual_apic: system::virtual_apic::VirtualApic::default(),
             shadow_layout: Arc::default(),
             boundary: system::pending::Boundary::default(),
+            pmu: regs.pmu,
+            perf_global_ctrl: guest.perf_global_ctrl,
+            counting: system::pmu::Counting::default(),
             one_shot: false,
             bus: None,
             thunks,
@@ -255,8 +261,8 @@ impl SoftVcpu {
         let cpu = &mut *self.cpu;
         system::vmentry::load(cpu, vmcs, regs).map_err(LinearFault::Exit)?;
         let done = access(cpu);
-        // Nothing but the x87 and vector state was moved into the processor.
-        std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
+        // Nothing else was moved into the processor.
+        system::vmentry::swap_in_place(cpu, regs);
         let reason = std::mem::replace(&mut cpu.reason, Reason::None);
         match (done, reason) {
             (Ok(()), _) => Ok(()),

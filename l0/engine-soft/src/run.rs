@@ -85,7 +85,7 @@ impl Cpu {
     fn boundary(&mut self) -> Exec {
         self.block = ptr::null();
         self.link_from = ptr::null();
-        self.shared.limit.store(self.icount + QUANTUM, Ordering::SeqCst);
+        self.shared.limit.store((self.icount + QUANTUM).min(self.counting.limit), Ordering::SeqCst);
         if self.shared.invalidate.swap(false, Ordering::SeqCst) {
             self.take_invalidations();
         }

@@ -8,11 +8,13 @@
 //! (that is `vmx-emu`).
 
 mod exit;
+pub mod pmu;
 mod posted;
 mod regs;
 mod vmcs;
 
 pub use exit::{EntryFailure, VmExit};
+pub use pmu::Pmu;
 pub use posted::post_interrupts;
 pub use regs::{FpuState, FxArea, GuestRegs, Msrs, VectorRegister};
 pub use vmcs::{

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::pmu::Pmu;
+
 /// A 512-byte image in FXSAVE64 format, of which only the x87 part is used.
 #[derive(Clone)]
 #[repr(C, align(64))]
@@ -83,6 +85,8 @@ pub struct GuestRegs {
     pub msrs: Msrs,
     /// x87 and vector state.
     pub fpu: Box<FpuState>,
+    /// Performance counters; an engine without them leaves this alone.
+    pub pmu: Box<Pmu>,
 }
 
 impl GuestRegs {

@@ -3,7 +3,8 @@
 //! An Intel server processor of family 6, model 8FH. Feature bits are exactly those that
 //! the engine executes, plus those that L0 itself implements (local APIC, MTRRs, TSC
 //! deadline and adjustment, ARCH_CAPABILITIES and the speculation MSRs), minus those that
-//! need something which L0 withholds (VMX, MONITOR, performance counters).
+//! need something which L0 withholds (VMX, MONITOR). Performance counters are shown where the engine
+//! has those that L0 has registers for.
 //!
 //! The HYPERVISOR bit (01H:ECX\[31\]) is set, but there is no hypervisor leaf (40000000H
 //! and up read as zero): without the bit, Linux takes the processor for bare metal and goes
@@ -13,6 +14,7 @@
 //! paravirtualization. Direct VMCS access needs the leaves of [`crate::hyperv`].
 
 use engine::CpuidEntry;
+use x86_spec::pmu;
 use x86_spec::reg::{cr4, xcr0};
 
 use crate::hyperv;
@@ -30,6 +32,8 @@ const L0_LEAF1_ECX: u32 = 1 << 21 | 1 << 24 | 1 << 31;
 /// 01H:ECX that L0 withholds: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR,
 /// PDCM, DCA.
 const WITHHELD_LEAF1_ECX: u32 = 0b1101_1111_1100 | 1 << 14 | 1 << 15 | 1 << 18;
+/// 01H:ECX: PDCM, IA32_PERF_CAPABILITIES; a bit number.
+const LEAF1_ECX_PDCM: u32 = 15;
 /// 01H:ECX: VMX.
 const LEAF1_ECX_VMX: u32 = 1 << 5;
 /// 01H:EDX: TSC (4), MSR (5), MCE (7), APIC (9), MTRR (12), MCA (14), PAT (16).
@@ -120,6 +124,7 @@ pub struct CpuidModel {
     xsave: [u32; 4],
     extended1: [u32; 4],
     extended8: [u32; 4],
+    performance_counters: bool,
     crystal: Crystal,
     tsc_mhz: u32,
     cpus: u32,
@@ -131,10 +136,13 @@ impl CpuidModel {
     /// a TSC of `tsc_hz` and `cpus` processors.
     pub fn new(features: impl Fn(u32, u32) -> [u32; 4], tsc_hz: u64, cpus: u32) -> Self {
         let [_, _, c, d] = features(1, 0);
+        // L0 has registers for one kind of PMU.
+        let performance_counters = features(0xa, 0) == pmu::LEAF;
+        let pdcm = u32::from(performance_counters) << LEAF1_ECX_PDCM;
         let leaf1 = [
             SIGNATURE,
             0,
-            c & !(WITHHELD_LEAF1_ECX | 1 << 27) | L0_LEAF1_ECX,
+            c & !(WITHHELD_LEAF1_ECX | 1 << 27) | L0_LEAF1_ECX | pdcm,
             d & !WITHHELD_LEAF1_EDX | L0_LEAF1_EDX | u32::from(cpus > 1) << 28,
         ];
         let [_, b7, c7, d7] = features(7, 0);
@@ -152,6 +160,7 @@ impl CpuidModel {
             xsave: features(0xd, 1),
             extended1: features(0x8000_0001, 0),
             extended8: [u32::from(PHYSICAL_BITS) | 48 << 8, b8, 0, 0],
+            performance_counters,
             crystal: Crystal::for_tsc(tsc_hz),
             tsc_mhz: u32::try_from(tsc_hz / 1_000_000).unwrap_or(u32::MAX),
             cpus: cpus.max(1),
@@ -191,6 +200,11 @@ impl CpuidModel {
     pub fn with_hyperv(mut self) -> Self {
         self.hyperv = true;
         self
+    }
+
+    /// Whether architectural performance monitoring is shown (0AH:EAX\[7:0\]).
+    pub fn has_performance_counters(&self) -> bool {
+        self.performance_counters
     }
 
     /// Leaf 7, subleaf 0, without the bits that reflect guest state.
@@ -263,6 +277,7 @@ impl CpuidModel {
                 }
                 regs
             }
+            0xa if self.performance_counters => pmu::LEAF,
             0xb | 0x1f => self.topology(subleaf, state),
             0xd => self.xsave(subleaf, state),
             0x15 => [self.crystal.denominator, self.crystal.numerator, self.crystal.hz, 0],
@@ -426,6 +441,16 @@ mod tests {
         }
         assert_eq!(greedy().query(0xa, 0, &ON), [0; 4]);
         assert_eq!(greedy().query(5, 0, &ON), [0; 4]);
+    }
+
+    #[test]
+    fn performance_counters_are_shown_where_the_engine_has_those() {
+        let soft = CpuidModel::new(|l, _| if l == 0xa { pmu::LEAF } else { [0; 4] }, 2_500_000_000, 1);
+        // SDM Vol. 2A, CPUID 0AH: version 2; 4 and 3 counters of 48 bits; of 7 events, 3 to 6 missing.
+        assert_eq!(soft.query(0xa, 0, &ON), [0x0730_0402, 0x78, 0, 0x603]);
+        assert_ne!(soft.query(1, 0, &ON)[2] & 1 << 15, 0, "PDCM");
+        // Another PMU is not what L0 has registers for.
+        assert!(!greedy().has_performance_counters() && !bare().has_performance_counters());
     }
 
     #[test]

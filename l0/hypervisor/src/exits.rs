@@ -53,7 +53,7 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
     use ExitReason as R;
     let l0 = |why, handler| Route { owner: Owner::L0, why, handler };
     match reason {
-        R::ExternalInterrupt => l0("a kick: another thread wants attention", resume),
+        R::ExternalInterrupt => l0("a kick by another thread, or a performance counter's interrupt", resume),
         R::PreemptionTimer => l0("a device's deadline", resume),
         R::InterruptWindow | R::NmiWindow => l0("L1 can take the event that waits", resume),
         R::ExceptionOrNmi => l0("only NMIs can cause it: no exception is intercepted", exception_or_nmi),
@@ -69,7 +69,6 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         R::EptMisconfiguration => l0("EPT01 is L0's", ept_misconfiguration),
         R::Xsetbv => l0("L0 decides which state components L1 uses", xsetbv),
         R::Invd | R::Wbinvd => l0("caches are coherent: nothing to do", skip),
-        R::Rdpmc => l0("there are no performance counters", general_protection),
         R::Vmcall
         | R::Vmclear
         | R::Vmlaunch
@@ -92,6 +91,7 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         | R::IoSmi
         | R::OtherSmi
         | R::Invlpg
+        | R::Rdpmc
         | R::Rdtsc
         | R::Rdtscp
         | R::MovDr
@@ -419,8 +419,8 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// Completes the instruction that exited: RIP moves on, blocking by STI and MOV SS ends, RF
-    /// is cleared, and a single step that was due is left pending (SDM Vol. 3C §26.3.4,
-    /// Vol. 3B §18.3.1.4).
+    /// is cleared, a single step that was due is left pending (SDM Vol. 3C §26.3.4,
+    /// Vol. 3B §18.3.1.4), and counters of instructions count it.
     pub(crate) fn skip_instruction(&mut self, exit: &VmExit) {
         let long = self.in_64_bit_mode();
         let g = &mut self.vmcs.guest;
@@ -433,6 +433,11 @@ impl<E: Engine> VcpuLoop<E> {
             g.pending_debug |= pending_debug::BS;
         }
         g.rflags &= !rflags::RF;
+        if g.perf_global_ctrl != 0 {
+            let user = g.segments[seg::SS].access.dpl() > 0;
+            let counters = self.regs.pmu.running(g.perf_global_ctrl, user).instructions;
+            self.regs.pmu.count(counters, 1);
+        }
     }
 }
 

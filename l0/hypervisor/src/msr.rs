@@ -2,8 +2,8 @@
 //!
 //! Everything else raises #GP(0), as an MSR that the processor does not have. MTRRs are
 //! kept and checked but change nothing: all of L1's RAM is write-back. Microcode updates
-//! are accepted and ignored. Not supported: machine-check banks (there are none), performance
-//! counters, last-branch records, thermal and power management, VMX.
+//! are accepted and ignored. Not supported: machine-check banks (there are none), last-branch records,
+//! thermal and power management, VMX.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use devices::{GpFault, LocalApic};
 use engine::{GuestRegs, GuestState};
 use x86_spec::msr::{self, arch_cap};
+use x86_spec::pmu;
 use x86_spec::reg::{cr0, efer};
 use x86_spec::segment::seg;
 
@@ -46,6 +47,8 @@ const MISC_ENABLE_WRITABLE: u64 = 1;
 const SPEC_CTRL_DEFINED: u64 = 7 | 1 << 10;
 /// IA32_DEBUGCTL: LBR and BTF.
 const DEBUGCTL_DEFINED: u64 = 3;
+/// IA32_DEBUGCTL bits that come with performance counters.
+const DEBUGCTL_FREEZE: u64 = pmu::DEBUGCTL_FREEZE_LBRS | pmu::DEBUGCTL_FREEZE_PERFMON;
 /// MSR_SMI_COUNT.
 const SMI_COUNT: u32 = 0x34;
 /// How many different unknown MSRs are reported.
@@ -123,6 +126,7 @@ pub struct MsrState {
     tsc_adjust: u64,
     misc_enable: u64,
     mcg_status: u64,
+    performance_counters: bool,
     mtrr: Mtrrs,
     reported: HashSet<(u32, bool)>,
 }
@@ -135,9 +139,30 @@ impl MsrState {
             tsc_adjust: 0,
             misc_enable: MISC_ENABLE,
             mcg_status: 0,
+            performance_counters: false,
             mtrr: Mtrrs::default(),
             reported: HashSet::new(),
         }
+    }
+
+    /// The same with or without performance counters.
+    #[must_use]
+    pub fn with_performance_counters(mut self, on: bool) -> Self {
+        self.performance_counters = on;
+        if on {
+            self.misc_enable |= pmu::MISC_ENABLE_AVAILABLE;
+        }
+        self
+    }
+
+    /// Bits of IA32_DEBUGCTL that can be 1 (SDM Vol. 4 table 2-2).
+    pub fn debugctl_bits(&self) -> u64 {
+        DEBUGCTL_DEFINED | if self.performance_counters { DEBUGCTL_FREEZE } else { 0 }
+    }
+
+    /// Bits of IA32_PERF_GLOBAL_CTRL that can be 1.
+    pub fn perf_global_ctrl_bits(&self) -> u64 {
+        if self.performance_counters { pmu::GLOBAL } else { 0 }
     }
 
     /// The TSC.
@@ -155,6 +180,11 @@ impl MsrState {
             return cx.apic.read(msr);
         }
         if let Some(v) = read_context(msr, cx) {
+            return Ok(v);
+        }
+        if self.performance_counters
+            && let Some(v) = cx.regs.pmu.read_msr(msr, cx.guest.perf_global_ctrl)
+        {
             return Ok(v);
         }
         match msr {
@@ -180,8 +210,18 @@ impl MsrState {
         if LocalApic::is_apic_msr(msr) {
             return cx.apic.write(msr, value);
         }
+        if msr == msr::IA32_DEBUGCTL {
+            allow(value & !self.debugctl_bits() == 0)?;
+            cx.guest.debugctl = value;
+            return Ok(());
+        }
         if let Some(result) = write_context(msr, value, cx) {
             return result;
+        }
+        if self.performance_counters
+            && let Some(result) = cx.regs.pmu.write_msr(msr, value, &mut cx.guest.perf_global_ctrl)
+        {
+            return result.map_err(|_| GpFault);
         }
         match msr {
             msr::TSC => {
@@ -278,7 +318,6 @@ fn write_context(msr: u32, value: u64, cx: &mut MsrContext<'_>) -> Option<Result
         msr::STAR => (&mut m.star, true),
         msr::FMASK => (&mut m.fmask, value >> 32 == 0),
         msr::IA32_PAT => (&mut g.pat, value.to_le_bytes().iter().all(|t| is_pat_type(*t))),
-        msr::IA32_DEBUGCTL => (&mut g.debugctl, value & !DEBUGCTL_DEFINED == 0),
         msr::IA32_TSC_AUX_MSR => (&mut m.tsc_aux, value >> 32 == 0),
         msr::IA32_SPEC_CTRL => (&mut m.spec_ctrl, value & !SPEC_CTRL_DEFINED == 0),
         // No supervisor state components are offered.
@@ -439,6 +478,29 @@ mod tests {
             let mut cx = MsrContext { guest: &mut self.guest, regs: &mut self.regs, apic: &mut self.apic };
             self.msrs.write(msr, v, &mut cx)
         }
+    }
+
+    #[test]
+    fn performance_counters_exist_where_they_are_offered() {
+        let mut r = Rig::new();
+        let registers = [0xc1, 0x186, 0x309, 0x345, 0x38d, 0x38e, 0x38f, 0x390, 0x4c1];
+        for n in registers {
+            assert_eq!(r.rd(n), Err(GpFault), "{n:#x}");
+        }
+        assert_eq!(r.wr(0x38f, 1), Err(GpFault));
+        assert_eq!(r.wr(msr::IA32_DEBUGCTL, 1 << 12), Err(GpFault));
+        r.msrs = r.msrs.with_performance_counters(true);
+        for n in registers {
+            assert!(r.rd(n).is_ok(), "{n:#x}");
+        }
+        assert_eq!(r.wr(0x38f, 0x7_0000_000f), Ok(()));
+        assert_eq!(r.guest.perf_global_ctrl, 0x7_0000_000f, "part of the VMCS");
+        assert_eq!(r.wr(0x38f, 1 << 4), Err(GpFault));
+        // SDM Vol. 4: freezing on a PMI; "performance monitoring available" is read-only.
+        assert_eq!(r.wr(msr::IA32_DEBUGCTL, 3 << 11), Ok(()));
+        assert_eq!(r.wr(msr::IA32_DEBUGCTL, 1 << 13), Err(GpFault));
+        assert_eq!(r.rd(msr::IA32_MISC_ENABLE).unwrap() & 1 << 7, 1 << 7);
+        assert_eq!(r.wr(msr::IA32_MISC_ENABLE, 1 | 3 << 11), Err(GpFault));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
 use x86_spec::exit::{ExitReason, ept_violation};
 use x86_spec::interruption::{EventType, InterruptionInfo};
+use x86_spec::pmu;
 use x86_spec::reg::rflags;
 use x86_spec::segment::seg;
 
@@ -116,7 +117,7 @@ impl<E: Engine> VcpuLoop<E> {
             vcpu,
             vmcs,
             regs,
-            msrs: MsrState::new(tsc),
+            msrs: MsrState::new(tsc).with_performance_counters(model.has_performance_counters()),
             nested,
             vm,
             index,
@@ -158,6 +159,9 @@ impl<E: Engine> VcpuLoop<E> {
             if let Some(end) = self.service_devices() {
                 self.account_handling(reason.take(), &mut since);
                 return end;
+            }
+            if self.regs.pmu.interrupt {
+                self.performance_interrupt();
             }
             if self.halted {
                 if self.has_wake_event() {
@@ -313,6 +317,22 @@ impl<E: Engine> VcpuLoop<E> {
             init
         });
         (init == Some(true)).then_some(RunEnd::Reset)
+    }
+
+    /// Counters of the running context overflowed: their interrupt goes to the local APIC, and what
+    /// IA32_DEBUGCTL says is to freeze freezes (SDM Vol. 3B §18.4.7).
+    fn performance_interrupt(&mut self) {
+        self.regs.pmu.interrupt = false;
+        let g = &mut self.vmcs.guest;
+        if g.debugctl & pmu::DEBUGCTL_FREEZE_PERFMON != 0 {
+            g.perf_global_ctrl = 0;
+        }
+        if g.debugctl & pmu::DEBUGCTL_FREEZE_LBRS != 0 {
+            /// IA32_DEBUGCTL.LBR.
+            const LBR: u64 = 1;
+            g.debugctl &= !LBR;
+        }
+        self.board().interrupts().with_lapic(self.index, |l| l.performance_interrupt());
     }
 
     fn next_deadline(&mut self) -> Option<u64> {
@@ -575,6 +595,70 @@ mod tests {
         .then(move |v, _, _| {
             assert!(!window(v));
             assert_eq!(v.controls.entry_interruption.vector(), 0x40);
+            CPUID
+        });
+        rig.play();
+    }
+
+    #[test]
+    fn a_counter_that_overflowed_interrupts_through_its_lvt_entry() {
+        const LVT_PERF: u32 = 0x834;
+        let mut rig = Rig::new();
+        rig.then(|_, r, _| wrmsr(r, msr::IA32_APIC_BASE, 0xfee0_0d00))
+            .then(|_, r, _| wrmsr(r, msr::IA32_X2APIC_SIVR, 0x1ff))
+            // SDM Vol. 3A §11.5.1: delivery mode NMI.
+            .then(|_, r, _| wrmsr(r, LVT_PERF, 0x400))
+            .then(|v, r, _| {
+                // Vol. 3B §18.4.7.
+                v.guest.debugctl = pmu::DEBUGCTL_FREEZE_PERFMON | pmu::DEBUGCTL_FREEZE_LBRS | 1;
+                v.guest.perf_global_ctrl = 1;
+                r.pmu.interrupt = true;
+                VmExit::new(ExitReason::ExternalInterrupt)
+            })
+            .then(|v, r, _| {
+                assert_eq!(v.controls.entry_interruption, InterruptionInfo::new(2, EventType::Nmi, false));
+                assert_eq!((v.guest.debugctl & 1, v.guest.perf_global_ctrl), (0, 0), "frozen");
+                v.guest.debugctl = 0;
+                v.guest.perf_global_ctrl = 1;
+                // The entry is masked now.
+                r.pmu.interrupt = true;
+                VmExit::new(ExitReason::ExternalInterrupt)
+            })
+            .then(|v, r, _| {
+                assert!(!v.controls.entry_interruption.is_valid() && !r.pmu.interrupt);
+                assert_eq!(v.guest.perf_global_ctrl, 1, "not frozen");
+                CPUID
+            });
+        rig.play();
+    }
+
+    #[test]
+    fn instructions_that_l0_completes_are_counted() {
+        let mut rig = Rig::new();
+        rig.then(|v, r, _| {
+            v.guest.perf_global_ctrl = 3 << 32;
+            // Counter 0 at CPL 0, counter 1 cycles.
+            r.pmu.fixed_control = 0x31;
+            CPUID
+        })
+        .then(|v, r, _| {
+            assert_eq!(r.pmu.fixed, [1, 0, 0]);
+            v.guest.segments[seg::SS].access.0 |= 0x60;
+            CPUID
+        })
+        .then(|v, r, _| {
+            assert_eq!(r.pmu.fixed, [1, 0, 0], "CPL 3");
+            v.guest.segments[seg::SS].access.0 &= !0x60;
+            r.pmu.fixed[0] = pmu::COUNTER;
+            CPUID
+        })
+        .then(|v, r, _| {
+            assert_eq!((r.pmu.fixed[0], r.pmu.global_status), (0, 1 << 32));
+            v.guest.perf_global_ctrl = 0;
+            CPUID
+        })
+        .then(|_, r, _| {
+            assert_eq!(r.pmu.fixed[0], 0);
             CPUID
         });
         rig.play();

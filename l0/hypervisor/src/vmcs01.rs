@@ -55,7 +55,6 @@ pub const PRIMARY: &[Need<PrimaryControls>] = &[
     must(PrimaryControls::UNCOND_IO_EXITING, "all ports are devices of L0"),
     must(PrimaryControls::USE_MSR_BITMAPS, "MSRs that switch with the context need no exit"),
     must(PrimaryControls::SECONDARY_CONTROLS, "EPT and what else is below"),
-    may(PrimaryControls::RDPMC_EXITING, "there are no performance counters"),
     may(PrimaryControls::MWAIT_EXITING, "MONITOR/MWAIT are not offered"),
     may(PrimaryControls::MONITOR_EXITING, "MONITOR/MWAIT are not offered"),
 ];
@@ -75,6 +74,7 @@ pub const SECONDARY: &[Need<SecondaryControls>] = &[
 pub const EXIT: &[Need<ExitControls>] = &[
     may(ExitControls::SAVE_DEBUG_CONTROLS, "DR7 and IA32_DEBUGCTL are L1's"),
     may(ExitControls::HOST_ADDRESS_SPACE_SIZE, "L0 is 64-bit"),
+    may(ExitControls::LOAD_IA32_PERF_GLOBAL_CTRL, "L1's performance counters do not count L0"),
     must(ExitControls::SAVE_IA32_PAT, "IA32_PAT is L1's"),
     must(ExitControls::SAVE_IA32_EFER, "IA32_EFER is L1's"),
 ];
@@ -82,6 +82,7 @@ pub const EXIT: &[Need<ExitControls>] = &[
 /// VM-entry controls (§25.8.1), without "IA-32e mode guest", which follows IA32_EFER.LMA.
 pub const ENTRY: &[Need<EntryControls>] = &[
     must(EntryControls::LOAD_DEBUG_CONTROLS, "DR7 and IA32_DEBUGCTL are L1's"),
+    may(EntryControls::LOAD_IA32_PERF_GLOBAL_CTRL, "IA32_PERF_GLOBAL_CTRL is L1's"),
     must(EntryControls::LOAD_IA32_PAT, "IA32_PAT is L1's"),
     must(EntryControls::LOAD_IA32_EFER, "IA32_EFER is L1's"),
 ];

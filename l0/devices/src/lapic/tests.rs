@@ -247,6 +247,23 @@ fn priorities_decide_what_is_delivered() {
 }
 
 #[test]
+fn a_performance_interrupt_masks_its_entry() {
+    // §11.5.1
+    let (mut apic, _) = xapic();
+    assert!(!apic.performance_interrupt(), "masked after reset");
+    set(&mut apic, REG_LVT_PERF, 0x71);
+    assert!(apic.performance_interrupt());
+    assert_eq!(load(&mut apic, REG_LVT_PERF), 0x1_0071);
+    assert!(!apic.performance_interrupt(), "until software unmasks it");
+    assert_eq!(take(&mut apic), Some(0x71));
+    assert_eq!(take(&mut apic), None);
+    set(&mut apic, REG_LVT_PERF, 0x400);
+    assert!(apic.performance_interrupt());
+    assert!(apic.take_nmi(), "delivery mode NMI");
+    assert_eq!(load(&mut apic, REG_LVT_PERF), 0x1_0400);
+}
+
+#[test]
 fn cr8_is_the_class_of_tpr() {
     // §11.8.6
     let (mut apic, _) = xapic();

@@ -140,6 +140,7 @@ fn repeat(cpu: &mut Cpu, f: Form) -> Exec {
     }
     // Come back to this instruction after events had their chance.
     cpu.icount += 1;
+    cpu.not_retired(2);
     cpu.request_event_check();
     cpu.set_rip(cpu.ip);
     Ok(())

@@ -65,14 +65,18 @@ const SECONDARY: S = S::VIRTUALIZE_APIC
 
 const EXIT: X = X::SAVE_DEBUG_CONTROLS
     .union(X::HOST_ADDRESS_SPACE_SIZE)
+    .union(X::LOAD_IA32_PERF_GLOBAL_CTRL)
     .union(X::SAVE_IA32_PAT)
     .union(X::LOAD_IA32_PAT)
     .union(X::SAVE_IA32_EFER)
     .union(X::LOAD_IA32_EFER)
     .union(X::SAVE_VMX_PREEMPTION_TIMER);
 
-const ENTRY: N =
-    N::LOAD_DEBUG_CONTROLS.union(N::IA32E_MODE_GUEST).union(N::LOAD_IA32_PAT).union(N::LOAD_IA32_EFER);
+const ENTRY: N = N::LOAD_DEBUG_CONTROLS
+    .union(N::IA32E_MODE_GUEST)
+    .union(N::LOAD_IA32_PERF_GLOBAL_CTRL)
+    .union(N::LOAD_IA32_PAT)
+    .union(N::LOAD_IA32_EFER);
 
 /// Bits that must be 1 even as the TRUE capability MSRs have it (appendix A.3–A.5).
 const DEFAULT1_PIN: u32 = 0x16;

@@ -224,6 +224,7 @@ fn string_io(cpu: &mut Cpu, i: &Instruction) -> Exec {
         }
     }
     // More to do: the same instruction again, after a look at events.
+    cpu.not_retired(1);
     cpu.set_rip(cpu.ip);
     Ok(())
 }

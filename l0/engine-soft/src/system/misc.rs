@@ -1,7 +1,7 @@
 //! CPUID, time-stamp counter, cache and TLB control, MONITOR/MWAIT, PAUSE, random numbers
 //! (SDM Vol. 2, Vol. 3C §26.1).
 //!
-//! Not supported: performance counters (RDPMC is #GP where it doesn't exit), MWAIT's wait (it completes at once where it doesn't exit).
+//! Not supported: MWAIT's wait (it completes at once where it doesn't exit).
 
 use std::sync::atomic::{Ordering, fence as memory_fence};
 
@@ -81,7 +81,7 @@ pub(super) fn rdpid(cpu: &mut Cpu, i: &Instruction) -> Exec {
     Ok(())
 }
 
-/// RDPMC.
+/// RDPMC (SDM Vol. 2B).
 pub(super) fn rdpmc(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.cr4 & cr4::PCE == 0 && cpu.cpl > 0 && cpu.protected() {
         return Err(cpu.gp(0));
@@ -89,7 +89,9 @@ pub(super) fn rdpmc(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.primary(PrimaryControls::RDPMC_EXITING) {
         return Err(cpu.instruction_exit(i, ExitReason::Rdpmc));
     }
-    Err(cpu.gp(0))
+    let Some(value) = cpu.performance_counter(cpu.gpr(gpr::RCX) as u32) else { return Err(cpu.gp(0)) };
+    set_edx_eax(cpu, value);
+    Ok(())
 }
 
 /// INVD always exits.

@@ -19,6 +19,7 @@ mod io;
 mod misc;
 mod msr;
 pub mod pending;
+pub mod pmu;
 mod segment;
 pub mod shadow_vmcs;
 mod stack;
@@ -146,7 +147,8 @@ pub fn lookup(i: &Instruction) -> Option<(SimpleFn, SimpleKind)> {
         Mnemonic::Cpuid => (misc::cpuid, End),
         Mnemonic::Rdtsc => (misc::rdtsc, Next),
         Mnemonic::Rdtscp => (misc::rdtscp, Next),
-        Mnemonic::Rdpmc => (misc::rdpmc, Next),
+        // Ends its block, so that what it reads does not have instructions behind it.
+        Mnemonic::Rdpmc => (misc::rdpmc, End),
         Mnemonic::Rdpid => (misc::rdpid, Next),
         Mnemonic::Invd => (misc::invd, End),
         Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => (misc::wbinvd, End),

@@ -170,6 +170,7 @@ pub fn check(cpu: &mut Cpu) -> Exec {
             // The handler's first instruction has a boundary of its own.
             return check(cpu);
         }
+        super::pmu::overflow(cpu)?;
         kick(cpu)?;
         if cpu.activity == Activity::Active {
             break;
@@ -189,7 +190,10 @@ fn wait(cpu: &mut Cpu, deadline: Option<u64>) {
         let nanos = (ticks * 1_000_000_000).div_ceil(tsc_frequency() as u128);
         Duration::from_nanos(nanos.min(u64::MAX as u128) as u64)
     });
+    // Counters of cycles stand still.
+    cpu.stop_counting();
     cpu.shared.wait(left);
+    cpu.start_counting();
     if cpu.shared.invalidate.swap(false, Ordering::SeqCst) {
         cpu.take_invalidations();
     }

@@ -5,7 +5,7 @@
 //! couldn't represent fails, with exit reason 33.
 //!
 //! Not supported: MSR load and store areas (they belong to VMX root operation, which is
-//! L0's), SMM, IA32_PERF_GLOBAL_CTRL, IA32_BNDCFGS, IA32_RTIT_CTL.
+//! L0's), SMM, IA32_BNDCFGS, IA32_RTIT_CTL.
 
 use engine::{EngineVmcs, EntryFailure, GuestRegs, VmExit};
 use x86_spec::controls::{EntryControls, ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
@@ -105,6 +105,9 @@ pub fn load(cpu: &mut Cpu, vmcs: &EngineVmcs, regs: &mut GuestRegs) -> Result<()
     if cpu.controls.entry.contains(EntryControls::LOAD_IA32_PAT) {
         cpu.pat = g.pat;
     }
+    if cpu.controls.entry.contains(EntryControls::LOAD_IA32_PERF_GLOBAL_CTRL) {
+        cpu.perf_global_ctrl = g.perf_global_ctrl;
+    }
     cpu.sysenter = [g.sysenter_cs, g.sysenter_esp, g.sysenter_eip];
     cpu.msrs = regs.msrs;
     cpu.gdtr = g.gdtr;
@@ -138,8 +141,16 @@ pub fn load(cpu: &mut Cpu, vmcs: &EngineVmcs, regs: &mut GuestRegs) -> Result<()
         .then(|| host_tsc().saturating_add((g.preemption_timer as u64) << PREEMPTION_TIMER_SHIFT));
     cpu.boundary_reset();
     cpu.enter_virtual_apic(g.interrupt_status);
-    std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
+    swap_in_place(cpu, regs);
+    cpu.start_counting();
     Ok(())
+}
+
+/// Moves between `cpu` and `regs` what is not copied: x87 and vector state, performance counters.
+pub(crate) fn swap_in_place(cpu: &mut Cpu, regs: &mut GuestRegs) {
+    cpu.stop_counting();
+    std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
+    std::mem::swap(&mut cpu.pmu, &mut regs.pmu);
 }
 
 /// PDPTEs: from the VMCS with EPT, else from memory (SDM Vol. 3C §27.3.2.4).
@@ -198,7 +209,7 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     regs.dr = cpu.dr;
     regs.dr6 = cpu.dr6;
     regs.msrs = cpu.msrs;
-    std::mem::swap(&mut cpu.fpu, &mut regs.fpu);
+    swap_in_place(cpu, regs);
 
     let g = &mut vmcs.guest;
     let exit = vmcs.controls.exit;
@@ -221,6 +232,10 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     }
     if exit.contains(ExitControls::SAVE_IA32_EFER) {
         g.efer = cpu.efer;
+    }
+    if exit.contains(ExitControls::LOAD_IA32_PERF_GLOBAL_CTRL) {
+        // L0, the host, counts nothing of itself.
+        cpu.perf_global_ctrl = 0;
     }
     g.activity = cpu.activity;
     g.interruptibility = cpu.interruptibility;

@@ -35,8 +35,6 @@ use crate::report::CrashCause;
 use crate::vcpu_loop::VcpuLoop;
 use crate::vmcs01;
 
-/// Bits of IA32_DEBUGCTL that a guest can set: LBR, BTF.
-const DEBUGCTL: u64 = 3;
 const SHADOW: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
 /// The context of the checks reads L1's memory through this.
@@ -191,7 +189,11 @@ impl<E: Engine> VcpuLoop<E> {
             vmcs: vmcs12,
             current_vmcs: pointer,
             caps: &n.caps,
-            msr_bits: MsrBits { efer: efer::DEFINED, debugctl: DEBUGCTL, perf_global_ctrl: 0 },
+            msr_bits: MsrBits {
+                efer: efer::DEFINED,
+                debugctl: self.msrs.debugctl_bits(),
+                perf_global_ctrl: self.msrs.perf_global_ctrl_bits(),
+            },
             linear_bits: 48,
             l1_long_mode: self.vmcs.guest.efer & efer::LMA != 0,
             memory: &Physical(vm.ram()),
