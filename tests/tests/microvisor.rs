@@ -1,9 +1,12 @@
 //! The microvisor's suite, run as L1: VMX instructions, entry checks, exits, events, EPT and APIC
 //! virtualization as a hypervisor sees them.
 
+use std::fs;
 use std::time::Duration;
 
+use exit_trace::{Summary, VcpuSummary};
 use tests::process::{Finished, Launch};
+use x86_spec::exit::ExitReason;
 
 /// Far more than the suite takes on a busy host.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -159,4 +162,38 @@ fn a_plain_guest_measures_its_exits() {
     }
     // There is no hypervisor that would answer a plain guest's VMCALL.
     assert!(finished.output.contains("skip vmcall (exception 6 here)"), "{}", finished.output);
+}
+
+/// Exit statistics of a benchmark of CPUID with `rounds` rounds.
+fn cpuid_statistics(access: &str, rounds: u64) -> VcpuSummary {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = file.path().to_str().expect("its path is UTF-8");
+    let words = format!("bench only=cpuid rounds={rounds}");
+    run(&["--vmcs-access", access, "--exit-stats-json", path], &words).expect_status(1);
+    let text = fs::read_to_string(path).expect("the statistics are there");
+    let mut summary: Summary = serde_json::from_str(&text).expect("they are JSON");
+    summary.vcpus.pop().expect("of one vCPU")
+}
+
+/// Two benchmarks, `cpuid` and `cpuid_bare`, have so many rounds each, from one exit of L2 to the next. The
+/// handler of the first reads reason, length and RIP and writes RIP.
+#[test]
+fn statistics_tell_what_each_exit_of_l2_causes() {
+    const ROUNDS: u64 = 150;
+    let shadow = cpuid_statistics("shadow", ROUNDS);
+    let trapped = cpuid_statistics("trapped", ROUNDS);
+    for (s, vmreads, vmwrites) in [(&shadow, 0, 0), (&trapped, 3 * ROUNDS, ROUNDS)] {
+        let cpuid = s.forwarded(ExitReason::Cpuid).expect("CPUID exits to L1");
+        // The last exit of either is not followed by an entry.
+        assert_eq!((cpuid.count, cpuid.returned, cpuid.synthesized), (2 * ROUNDS + 2, 2 * ROUNDS, 0));
+        assert_eq!(cpuid.caused_by_reason(ExitReason::Vmresume), 2 * ROUNDS);
+        assert_eq!(cpuid.caused_by_reason(ExitReason::Vmread), vmreads);
+        assert_eq!(cpuid.caused_by_reason(ExitReason::Vmwrite), vmwrites);
+        assert_eq!(cpuid.l1_exits, 2 * ROUNDS + vmreads + vmwrites, "{:?}", cpuid.caused);
+        assert!(cpuid.l1_ns > 0 && cpuid.l1_ns < cpuid.round_trip.total_ns, "{cpuid:?}");
+        assert_eq!(s.kept_count(ExitReason::Cpuid), 0);
+        assert_eq!(s.l1_count(ExitReason::Vmlaunch), 2);
+        assert_eq!(s.l1_exits, s.l1.iter().map(|r| r.count).sum::<u64>());
+        assert_eq!(s.exits, s.l1_exits + s.l2_exits);
+    }
 }

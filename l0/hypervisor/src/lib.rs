@@ -20,7 +20,7 @@ mod hyperv;
 pub mod msr;
 mod nested;
 pub mod report;
-pub mod stats;
+mod stats;
 #[cfg(test)]
 mod testing;
 pub mod vcpu_loop;

@@ -3,10 +3,9 @@
 use std::fmt;
 
 use engine::{GuestRegs, GuestState};
+use exit_trace::{Exit, Level};
 use x86_spec::reg::{efer, gpr};
 use x86_spec::segment::seg;
-
-use crate::stats::ExitRecord;
 
 /// Why the guest can't go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,12 +82,14 @@ pub struct CodeBytes {
 pub struct CrashReport {
     /// Why it can't go on.
     pub cause: CrashCause,
+    /// Which level was in the guest.
+    pub level: Level,
     /// Guest state.
     pub guest: GuestState,
     /// Registers outside of the VMCS.
     pub regs: GuestRegs,
     /// The last exits, oldest first.
-    pub exits: Vec<ExitRecord>,
+    pub exits: Vec<Exit>,
     /// The code at RIP.
     pub code: CodeBytes,
 }
@@ -108,28 +109,10 @@ pub fn bitness(guest: &GuestState) -> u32 {
 impl fmt::Display for CrashReport {
     /// Cause, registers and last exits. The disassembly is the caller's.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "the guest crashed: {}", self.cause)?;
+        writeln!(f, "the guest crashed in {}: {}", self.level, self.cause)?;
         write_registers(f, &self.guest, &self.regs)?;
-        writeln!(f, "last VM exits:")?;
-        for e in &self.exits {
-            let x = &e.exit;
-            writeln!(
-                f,
-                "  {:>10} {:<18} rip {:#x} qualification {:#x} length {} gpa {}{}",
-                e.number,
-                x.reason.name(),
-                e.rip,
-                x.qualification,
-                x.instruction_length,
-                x.guest_physical,
-                if x.idt_vectoring.is_valid() {
-                    format!(" while delivering vector {}", x.idt_vectoring.vector())
-                } else {
-                    String::new()
-                }
-            )?;
-        }
-        Ok(())
+        writeln!(f, "last VM exits, with level and owner:")?;
+        self.exits.iter().try_for_each(|exit| writeln!(f, "  {exit}"))
     }
 }
 

@@ -1,237 +1,106 @@
-//! Exit statistics of one vCPU: how often, how long, and the last exits for a crash report.
+//! What a vCPU's thread notes of the exit that it is dealing with, until it becomes a record.
 //!
-//! Memory is bounded: a fixed histogram for each exit reason that occurred, and a ring of
-//! [`RING`] exits.
-
-use std::collections::VecDeque;
-use std::fmt;
+//! An exit is recorded when L0 is done with it: then its owner and L0's time are known, and one lock and
+//! two reads of the TSC are all that an exit costs.
 
 use engine::VmExit;
-use hdrhistogram::Histogram;
+use exit_trace::{Exit, Level};
 use x86_spec::exit::ExitReason;
 
-/// How many exits are remembered.
-pub const RING: usize = 32;
-/// Longest latency that is told apart, in nanoseconds.
-const MAX_NS: u64 = 10_000_000_000;
-
-/// An exit that happened.
-#[derive(Clone, Copy, Debug)]
-pub struct ExitRecord {
-    /// Its number, counted from 1.
-    pub number: u64,
-    /// RIP at the exit.
-    pub rip: u64,
-    /// Its fields.
-    pub exit: VmExit,
-}
-
-/// Counts and times of one exit reason.
+/// The clock and the exit that is being handled.
 #[derive(Debug)]
-struct ReasonStats {
-    count: u64,
-    total_ns: u64,
-    /// `None` only if the histogram's fixed bounds were invalid.
-    latency: Option<Histogram<u32>>,
+pub(crate) struct Account {
+    start: u64,
+    /// Nanoseconds for a TSC tick, with 32 bits after the point.
+    ns_per_tick: u64,
+    /// End of what is accounted, in nanoseconds from the start.
+    since_ns: u64,
+    current: Option<Exit>,
 }
 
-impl ReasonStats {
-    fn new() -> Self {
-        Self { count: 0, total_ns: 0, latency: Histogram::new_with_bounds(1, MAX_NS, 2).ok() }
-    }
-}
-
-/// Statistics of one vCPU. Times are in nanoseconds.
-#[derive(Debug, Default)]
-pub struct ExitStats {
-    reasons: Vec<(ExitReason, ReasonStats)>,
-    ring: VecDeque<ExitRecord>,
-    exits: u64,
-    guest_ns: u64,
-    idle_ns: u64,
-}
-
-impl ExitStats {
-    /// Notes an exit when it happens, after `guest_ns` in the guest.
-    pub fn exited(&mut self, exit: &VmExit, rip: u64, guest_ns: u64) {
-        self.exits += 1;
-        self.guest_ns += guest_ns;
-        if self.ring.len() == RING {
-            self.ring.pop_front();
-        }
-        self.ring.push_back(ExitRecord { number: self.exits, rip, exit: *exit });
+impl Account {
+    /// At TSC `start`, which ticks `hz` times a second.
+    pub fn new(start: u64, hz: u64) -> Self {
+        Self { start, ns_per_tick: (1_000_000_000 << 32) / hz.max(1), since_ns: 0, current: None }
     }
 
-    /// Notes that L0 took `ns` to handle an exit for `reason`, waiting not included.
-    pub fn handled(&mut self, reason: ExitReason, ns: u64) {
-        let at = match self.reasons.iter().position(|(r, _)| *r == reason) {
-            Some(i) => i,
-            None => {
-                self.reasons.push((reason, ReasonStats::new()));
-                self.reasons.len() - 1
-            }
-        };
-        if let Some((_, s)) = self.reasons.get_mut(at) {
-            s.count += 1;
-            s.total_ns += ns;
-            if let Some(h) = &mut s.latency {
-                h.saturating_record(ns.max(1));
-            }
+    /// Nanoseconds since the last call.
+    pub fn lap(&mut self, tsc: u64) -> u64 {
+        let ticks = tsc.wrapping_sub(self.start);
+        let now = ((u128::from(ticks) * u128::from(self.ns_per_tick)) >> 32) as u64;
+        let ns = now.saturating_sub(self.since_ns);
+        self.since_ns = now;
+        ns
+    }
+
+    /// The engine exited at TSC `tsc`.
+    pub fn exited(&mut self, level: Level, exit: &VmExit, rip: u64, tsc: u64) {
+        let guest_ns = self.lap(tsc);
+        self.current = Some(Exit { time_ns: self.since_ns, guest_ns, ..record(level, exit, rip) });
+    }
+
+    /// L0 made an exit to L1 without one of the engine.
+    pub fn synthesized(&mut self, exit: &VmExit, rip: u64, tsc: u64) {
+        self.lap(tsc);
+        self.current = Some(Exit {
+            time_ns: self.since_ns,
+            forwarded: Some(exit.reason),
+            synthesized: true,
+            ..record(Level::L2, exit, rip)
+        });
+    }
+
+    /// The exit that is being handled goes to L1 as `exit`.
+    pub fn forwarded(&mut self, exit: &VmExit) {
+        if let Some(c) = &mut self.current {
+            c.forwarded = Some(exit.reason);
         }
     }
 
-    /// Notes `ns` of waiting for an interrupt after HLT.
-    pub fn idled(&mut self, ns: u64) {
-        self.idle_ns += ns;
+    /// Whether an exit to L1 is another one than that which is being handled, as that was L1's, or
+    /// L0 is done with it.
+    pub fn is_of_its_own(&self) -> bool {
+        self.current.is_none_or(|c| c.level == Level::L1 || c.forwarded.is_some())
     }
 
-    /// The last exits, oldest first.
-    pub fn last_exits(&self) -> Vec<ExitRecord> {
-        self.ring.iter().copied().collect()
+    /// Whether the exit that is being handled tells L0 no more than to look for events. It then
+    /// becomes what L0 finds.
+    pub fn looks_for_events(&self) -> bool {
+        self.current.is_some_and(|c| {
+            c.level == Level::L2
+                && matches!(
+                    c.reason,
+                    ExitReason::ExternalInterrupt
+                        | ExitReason::PreemptionTimer
+                        | ExitReason::InterruptWindow
+                        | ExitReason::NmiWindow
+                )
+        })
     }
 
-    /// The statistics so far; `instructions` is what the engine counted.
-    pub fn summary(&self, instructions: u64) -> StatsSummary {
-        let mut rows: Vec<ReasonRow> = self.reasons.iter().map(|(r, s)| row(*r, s)).collect();
-        rows.sort_by_key(|r| std::cmp::Reverse((r.total_ns, r.count)));
-        let l0_ns = rows.iter().map(|r| r.total_ns).sum();
-        StatsSummary {
-            rows,
-            exits: self.exits,
-            guest_ns: self.guest_ns,
-            l0_ns,
-            idle_ns: self.idle_ns,
-            instructions,
-        }
+    /// L0 is done with the exit: the record.
+    pub fn handled(&mut self, tsc: u64) -> Option<Exit> {
+        let l0_ns = self.lap(tsc);
+        let exit = self.current.take()?;
+        Some(Exit { l0_ns, ..exit })
     }
-}
 
-fn row(reason: ExitReason, s: &ReasonStats) -> ReasonRow {
-    let at = |q| s.latency.as_ref().map_or(0, |h| h.value_at_quantile(q));
-    ReasonRow {
-        reason,
-        count: s.count,
-        total_ns: s.total_ns,
-        median_ns: at(0.5),
-        p90_ns: at(0.9),
-        p99_ns: at(0.99),
-        max_ns: s.latency.as_ref().map_or(0, Histogram::max),
+    /// The exit that is being handled.
+    pub fn unfinished(&self) -> Option<Exit> {
+        self.current
     }
 }
 
-/// One line of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReasonRow {
-    /// The exit reason.
-    pub reason: ExitReason,
-    /// How many exits.
-    pub count: u64,
-    /// Time that L0 took for all of them, in nanoseconds.
-    pub total_ns: u64,
-    /// Median of the time for one.
-    pub median_ns: u64,
-    /// 90th percentile.
-    pub p90_ns: u64,
-    /// 99th percentile.
-    pub p99_ns: u64,
-    /// The longest.
-    pub max_ns: u64,
-}
-
-/// Statistics of one vCPU at one moment; `Display` gives the table of `--exit-stats`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StatsSummary {
-    /// By exit reason, the most expensive first.
-    pub rows: Vec<ReasonRow>,
-    /// All exits.
-    pub exits: u64,
-    /// Time in the guest, in nanoseconds.
-    pub guest_ns: u64,
-    /// Time in L0, in nanoseconds.
-    pub l0_ns: u64,
-    /// Time waiting after HLT, in nanoseconds.
-    pub idle_ns: u64,
-    /// Guest instructions executed; 0 when the engine does not count.
-    pub instructions: u64,
-}
-
-impl fmt::Display for StatsSummary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let busy = (self.guest_ns + self.l0_ns).max(1);
-        let percent = |ns: u64| ns as f64 * 100.0 / busy as f64;
-        let us = |ns: u64| ns as f64 / 1000.0;
-        writeln!(
-            f,
-            "{:<20} {:>12} {:>7} {:>10} {:>10} {:>10} {:>10}",
-            "VM exit", "count", "time %", "median µs", "p90 µs", "p99 µs", "max µs"
-        )?;
-        for r in &self.rows {
-            writeln!(
-                f,
-                "{:<20} {:>12} {:>7.2} {:>10.2} {:>10.2} {:>10.2} {:>10.2}",
-                r.reason.name(),
-                r.count,
-                percent(r.total_ns),
-                us(r.median_ns),
-                us(r.p90_ns),
-                us(r.p99_ns),
-                us(r.max_ns)
-            )?;
-        }
-        writeln!(
-            f,
-            "{} exits; guest {:.3} s ({:.1} %), L0 {:.3} s ({:.1} %), idle {:.3} s",
-            self.exits,
-            self.guest_ns as f64 / 1e9,
-            percent(self.guest_ns),
-            self.l0_ns as f64 / 1e9,
-            percent(self.l0_ns),
-            self.idle_ns as f64 / 1e9
-        )?;
-        if self.instructions > 0 && self.guest_ns > 0 {
-            let mips = self.instructions as f64 * 1000.0 / self.guest_ns as f64;
-            writeln!(
-                f,
-                "{} guest instructions, {mips:.1} million a second of guest time",
-                self.instructions
-            )?;
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counts_shares_and_percentiles() {
-        let mut s = ExitStats::default();
-        for i in 1..=100u64 {
-            s.exited(&VmExit::new(ExitReason::Cpuid), 0x1000, 900);
-            s.handled(ExitReason::Cpuid, i * 10);
-        }
-        s.exited(&VmExit::new(ExitReason::Hlt), 0x1000, 0);
-        s.handled(ExitReason::Hlt, 1);
-        let t = s.summary(1_000_000);
-        assert_eq!((t.exits, t.guest_ns, t.l0_ns), (101, 90_000, 50_501));
-        assert_eq!(t.rows[0].reason, ExitReason::Cpuid);
-        assert_eq!(t.rows[0].count, 100);
-        // Two significant digits.
-        assert!((495..=505).contains(&t.rows[0].median_ns), "{}", t.rows[0].median_ns);
-        assert!((985..=1000).contains(&t.rows[0].p99_ns), "{}", t.rows[0].p99_ns);
-        let text = t.to_string();
-        assert!(text.contains("CPUID") && text.contains("101 exits"), "{text}");
-    }
-
-    #[test]
-    fn the_ring_keeps_the_last_exits() {
-        let mut s = ExitStats::default();
-        for i in 0..100 {
-            s.exited(&VmExit::new(ExitReason::IoInstruction), i, 0);
-        }
-        let last = s.last_exits();
-        assert_eq!(last.len(), RING);
-        assert_eq!((last[0].rip, last[RING - 1].rip, last[RING - 1].number), (68, 99, 100));
+fn record(level: Level, exit: &VmExit, rip: u64) -> Exit {
+    Exit {
+        entry_failure: exit.entry_failure,
+        qualification: exit.qualification,
+        rip,
+        guest_physical: exit.guest_physical.0,
+        guest_linear: exit.guest_linear,
+        interruption: exit.interruption_info,
+        idt_vectoring: exit.idt_vectoring,
+        instruction_length: exit.instruction_length as u8,
+        ..Exit::new(level, exit.reason)
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use devices::MachineEvent;
 use engine::{Engine, EngineVmcs, GuestRegs, Vcpu, VmExit, interruptibility};
+use exit_trace::Level;
 use machine::boot::BootState;
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exception;
@@ -22,6 +23,7 @@ use crate::exits::{Outcome, route};
 use crate::msr::MsrState;
 use crate::nested::Nested;
 use crate::report::{CodeBytes, CrashCause, CrashReport, bitness};
+use crate::stats::Account;
 use crate::vm::{Vm, VmError};
 use crate::vmcs01;
 
@@ -79,6 +81,7 @@ pub struct VcpuLoop<E: Engine> {
     deadline: Option<Option<u64>>,
     timer_shift: u32,
     tsc_hz: u64,
+    pub(crate) account: Account,
 }
 
 impl<E: Engine> VcpuLoop<E> {
@@ -113,6 +116,7 @@ impl<E: Engine> VcpuLoop<E> {
         } else {
             None
         };
+        let account = Account::new(engine.tsc(), tsc_hz);
         Ok(Self {
             vcpu,
             vmcs,
@@ -126,6 +130,7 @@ impl<E: Engine> VcpuLoop<E> {
             deadline: None,
             timer_shift,
             tsc_hz,
+            account,
         })
     }
 
@@ -147,17 +152,16 @@ impl<E: Engine> VcpuLoop<E> {
         self.deadline = None;
     }
 
-    fn ns(&self, ticks: u64) -> u64 {
-        devices::clock::mul_div(ticks, NS_PER_SEC, self.tsc_hz)
-    }
-
     /// Runs until the machine stops.
     pub fn run(&mut self) -> RunEnd {
-        let mut since = self.vm.engine().tsc();
-        let mut reason = None;
+        let end = self.enter_until_end();
+        self.account_handled();
+        end
+    }
+
+    fn enter_until_end(&mut self) -> RunEnd {
         loop {
             if let Some(end) = self.service_devices() {
-                self.account_handling(reason.take(), &mut since);
                 return end;
             }
             if self.regs.pmu.interrupt {
@@ -167,13 +171,16 @@ impl<E: Engine> VcpuLoop<E> {
                 if self.has_wake_event() {
                     self.halted = false;
                 } else {
-                    self.account_handling(reason.take(), &mut since);
-                    self.idle(&mut since);
+                    self.account_handled();
+                    self.idle();
                     continue;
                 }
             }
             if self.in_l2() {
                 if let Some(exit) = self.prepare_l2() {
+                    if !self.account.looks_for_events() {
+                        self.account_handled();
+                    }
                     if let Outcome::End(end) = self.reflect_exit(&exit) {
                         return end;
                     }
@@ -193,11 +200,10 @@ impl<E: Engine> VcpuLoop<E> {
             if !self.vm.handle().entering(self.index) {
                 continue;
             }
-            self.account_handling(reason.take(), &mut since);
+            self.account_handled();
             let exit = self.enter();
             self.vm.handle().left(self.index);
-            self.account_guest(&exit, &mut since);
-            reason = Some(exit.reason);
+            self.account_exit(&exit);
             let outcome = if self.in_l2() {
                 self.dispatch_l2(&exit)
             } else {
@@ -207,10 +213,7 @@ impl<E: Engine> VcpuLoop<E> {
             match outcome {
                 Outcome::Resume => {}
                 Outcome::Halt => self.halted = true,
-                Outcome::End(end) => {
-                    self.account_handling(reason.take(), &mut since);
-                    return end;
-                }
+                Outcome::End(end) => return end,
             }
         }
     }
@@ -247,26 +250,34 @@ impl<E: Engine> VcpuLoop<E> {
 
     // ---- accounting ---------------------------------------------------------------------
 
-    fn lap(&self, since: &mut u64) -> u64 {
-        let now = self.vm.engine().tsc();
-        let ticks = now.wrapping_sub(*since);
-        *since = now;
-        self.ns(ticks)
+    /// Which level runs, or ran until its exit.
+    pub(crate) fn level(&self) -> Level {
+        if self.in_l2() { Level::L2 } else { Level::L1 }
     }
 
-    fn account_handling(&self, reason: Option<ExitReason>, since: &mut u64) {
-        let ns = self.lap(since);
-        if let Some(r) = reason {
-            self.vm.handle().with_stats(self.index, |s| s.handled(r, ns));
+    /// The exit before, if any, is dealt with: L0 is about to enter, to wait or to end.
+    fn account_handled(&mut self) {
+        let now = self.vm.engine().tsc();
+        if let Some(exit) = self.account.handled(now) {
+            let instructions = self.vcpu.instructions();
+            self.vm.handle().with_recorder(self.index, |r| r.exit(exit, instructions));
         }
     }
 
-    fn account_guest(&self, exit: &VmExit, since: &mut u64) {
-        let ns = self.lap(since);
-        let rip = self.vmcs.guest.rip;
-        let handle = self.vm.handle();
-        handle.with_stats(self.index, |s| s.exited(exit, rip, ns));
-        handle.set_instructions(self.index, self.vcpu.instructions());
+    fn account_exit(&mut self, exit: &VmExit) {
+        let now = self.vm.engine().tsc();
+        self.account.exited(self.level(), exit, self.vmcs.guest.rip, now);
+    }
+
+    /// L1 gets an exit of L2, or a VM entry of L1 fails after its first checks.
+    pub(crate) fn account_forwarded(&mut self, exit: &VmExit) {
+        if self.account.is_of_its_own() {
+            self.account_handled();
+            let now = self.vm.engine().tsc();
+            self.account.synthesized(exit, self.vmcs.guest.rip, now);
+        } else {
+            self.account.forwarded(exit);
+        }
     }
 
     // ---- between exits ------------------------------------------------------------------
@@ -347,7 +358,7 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// Waits after HLT for an interrupt or a deadline.
-    fn idle(&mut self, since: &mut u64) {
+    fn idle(&mut self) {
         let limit =
             self.next_deadline().map(|d| Duration::from_nanos(d.saturating_sub(self.board().now_ns())));
         if limit.is_none_or(|l| !l.is_zero()) {
@@ -355,8 +366,8 @@ impl<E: Engine> VcpuLoop<E> {
         }
         // Whoever notified may have changed a device.
         self.deadline = None;
-        let ns = self.lap(since);
-        self.vm.handle().with_stats(self.index, |s| s.idled(ns));
+        let ns = self.account.lap(self.vm.engine().tsc());
+        self.vm.handle().with_recorder(self.index, |r| r.idle(ns));
     }
 
     /// Whether something ends HLT (SDM Vol. 2A, HLT): an NMI, or an interrupt that is enabled.
@@ -488,11 +499,17 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Everything about the vCPU now, for a report.
     pub fn report(&mut self, cause: CrashCause) -> CrashReport {
+        let unfinished = self.account.unfinished();
         CrashReport {
             cause,
+            level: self.level(),
             guest: self.vmcs.guest.clone(),
             regs: self.regs.clone(),
-            exits: self.vm.handle().with_stats(self.index, |s| s.last_exits()).unwrap_or_default(),
+            exits: self
+                .vm
+                .handle()
+                .with_recorder(self.index, |r| r.last_exits(unfinished))
+                .unwrap_or_default(),
             code: self.code_at_rip(),
         }
     }
@@ -521,6 +538,7 @@ mod tests {
     use crate::report::CrashCause;
     use crate::testing::{Rig, TIMER_SHIFT};
     use std::sync::atomic::Ordering;
+    use x86_spec::exit::ExitReason;
     use x86_spec::exit::{cr_access, io};
     use x86_spec::msr;
     use x86_spec::reg::{cr0, gpr};
@@ -886,7 +904,7 @@ mod tests {
         });
         let RunEnd::Crash(report) = rig.cpu.run() else { panic!() };
         assert_eq!(report.cause, CrashCause::TripleFault);
-        let reasons: Vec<_> = report.exits.iter().map(|e| e.exit.reason).collect();
+        let reasons: Vec<_> = report.exits.iter().map(|e| e.reason).collect();
         assert_eq!(reasons, [ExitReason::Cpuid, ExitReason::TripleFault]);
         assert_eq!((report.code.bitness, &report.code.bytes[..2]), (16, &[0x0f, 0x0b][..]));
         assert!(report.to_string().contains("triple fault"));

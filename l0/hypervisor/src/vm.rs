@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use devices::clock::{NS_PER_SEC, mul_div};
 use devices::{Clock, TscSource};
 use engine::{Engine, EngineError, Kick};
+use exit_trace::{Recorder, VcpuSummary};
 use memory::{L1Ram, MachineAddr, MachineMemory, MemoryError, PAGE_SIZE, PagePool, RamLayout};
 
 use crate::board::Board;
@@ -16,7 +17,6 @@ use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
 use crate::msr::GuestTsc;
 use crate::nested::{self, Ept02Config, NestedError, VmcsAccess};
-use crate::stats::{ExitStats, StatsSummary};
 use crate::vmcs01::{self, MissingControl};
 
 /// Pages of L0's pool besides those of EPT02 and the page tables of EPT01: EPT01's upper levels, bitmaps,
@@ -232,8 +232,7 @@ struct CpuSignal {
     kicker: OnceLock<Arc<dyn Kick>>,
     sleep: Mutex<()>,
     wake: Condvar,
-    stats: Mutex<ExitStats>,
-    instructions: AtomicU64,
+    recorder: Mutex<Recorder>,
 }
 
 /// Explanations of failed VM entries that are kept; older ones give way.
@@ -306,9 +305,13 @@ impl VmHandle {
     }
 
     /// Exit statistics of vCPU `cpu` so far.
-    pub fn stats(&self, cpu: usize) -> Option<StatsSummary> {
-        let c = self.0.cpus.get(cpu)?;
-        Some(lock(&c.stats).summary(c.instructions.load(Ordering::Relaxed)))
+    pub fn stats(&self, cpu: usize) -> Option<VcpuSummary> {
+        self.with_recorder(cpu, |r| r.summary(cpu))
+    }
+
+    /// Exit statistics of all vCPUs so far.
+    pub fn summary(&self) -> exit_trace::Summary {
+        exit_trace::Summary::new((0..self.0.cpus.len()).filter_map(|cpu| self.stats(cpu)).collect())
     }
 
     /// VM entries of L1 that failed so far, and why.
@@ -374,13 +377,7 @@ impl VmHandle {
         }
     }
 
-    pub(crate) fn with_stats<R>(&self, cpu: usize, f: impl FnOnce(&mut ExitStats) -> R) -> Option<R> {
-        self.0.cpus.get(cpu).map(|c| f(&mut lock(&c.stats)))
-    }
-
-    pub(crate) fn set_instructions(&self, cpu: usize, instructions: u64) {
-        if let Some(c) = self.0.cpus.get(cpu) {
-            c.instructions.store(instructions, Ordering::Relaxed);
-        }
+    pub(crate) fn with_recorder<R>(&self, cpu: usize, f: impl FnOnce(&mut Recorder) -> R) -> Option<R> {
+        self.0.cpus.get(cpu).map(|c| f(&mut lock(&c.recorder)))
     }
 }

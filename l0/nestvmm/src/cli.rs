@@ -231,6 +231,9 @@ pub struct RunArgs {
     /// Print exit statistics at the end and on SIGUSR1
     #[arg(long)]
     pub exit_stats: bool,
+    /// Write exit statistics as JSON to FILE at the end and on SIGUSR1
+    #[arg(long, value_name = "FILE")]
+    pub exit_stats_json: Option<PathBuf>,
     /// Write a log to FILE
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,

@@ -195,7 +195,7 @@ fn boot_once<E: Engine + 'static>(
     let vm = builder.build(pc.clone());
     let handle = vm.handle().clone();
     let mut vcpu = VcpuLoop::new(vm, 0, Start::Boot(&loaded.state)).map_err(vm_failure)?;
-    session.set_running(Running { pc, handle });
+    session.set_running(Running { pc, handle, stats_json: args.exit_stats_json.clone() });
     let thread = std::thread::Builder::new()
         .name("vcpu0".into())
         .stack_size(VCPU_STACK)
@@ -211,6 +211,7 @@ fn boot_once<E: Engine + 'static>(
         if args.exit_stats {
             stopped.print_stats();
         }
+        stopped.write_stats();
     }
     end.map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
 }

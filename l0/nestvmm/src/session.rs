@@ -1,5 +1,9 @@
 //! What the threads of a run share: the machine that runs now, and the wish to end.
 
+use std::fs::Permissions;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +22,8 @@ pub struct Running {
     pub pc: Arc<Pc>,
     /// Its vCPUs.
     pub handle: VmHandle,
+    /// Where statistics go as JSON.
+    pub stats_json: Option<PathBuf>,
 }
 
 impl Running {
@@ -27,6 +33,25 @@ impl Running {
             eprint!("\n{stats}");
         }
     }
+
+    /// Writes exit statistics as JSON, if that was asked for.
+    pub fn write_stats(&self) {
+        let Some(path) = &self.stats_json else { return };
+        if let Err(e) = write_json(path, &self.handle.summary()) {
+            tracing::warn!("--exit-stats-json {}: can't be written: {e}", path.display());
+        }
+    }
+}
+
+/// Replaces the file at once, so that nobody reads half of it.
+fn write_json(path: &Path, summary: &exit_trace::Summary) -> io::Result<()> {
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    serde_json::to_writer_pretty(&mut file, summary)?;
+    file.write_all(b"\n")?;
+    file.as_file().set_permissions(Permissions::from_mode(0o644))?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// A run.
@@ -128,6 +153,13 @@ impl Session {
         }
     }
 
+    /// Writes exit statistics of the machine that runs now as JSON, if that was asked for.
+    fn write_stats(&self) {
+        if let Some(r) = self.running() {
+            r.write_stats();
+        }
+    }
+
     /// Starts the thread that waits for signals.
     ///
     /// # Errors
@@ -143,7 +175,10 @@ impl Session {
 
     fn signal(&self, signal: i32) {
         match signal {
-            SIGUSR1 => self.print_stats(),
+            SIGUSR1 => {
+                self.print_stats();
+                self.write_stats();
+            }
             SIGCONT => terminal::resume(),
             SIGTSTP => {
                 terminal::restore();

@@ -124,6 +124,11 @@ fn vpid12(vmcs12: &Vmcs12) -> u16 {
     if on { vmcs12.get(Field::Vpid) as u16 } else { 0 }
 }
 
+/// A failed entry as the exit that L1 sees (SDM Vol. 3C §27.8).
+fn failed_exit(failed: &FailedEntry) -> VmExit {
+    VmExit { entry_failure: true, ..VmExit::new(failed.reason).qualified(failed.qualification) }
+}
+
 impl<E: Engine> VcpuLoop<E> {
     /// Whether L2 runs.
     pub(crate) fn in_l2(&self) -> bool {
@@ -283,6 +288,7 @@ impl<E: Engine> VcpuLoop<E> {
     /// state.
     fn fail_entry(&mut self, failed: FailedEntry) -> Outcome {
         tracing::debug!("{failed}");
+        self.account_forwarded(&failed_exit(&failed));
         let result = self.with_parts(false, |parts| failed.reflect(parts));
         self.back_in_l1(result)
     }
@@ -317,6 +323,7 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Reflects an exit of L2 to L1.
     pub(crate) fn reflect_exit(&mut self, exit: &VmExit) -> Outcome {
+        self.account_forwarded(exit);
         // An event that L0 was to inject into L2 is L1's to inject again.
         if let Some(e) = self.event.take()
             && !self.vmcs.controls.entry_interruption.is_valid()
@@ -373,6 +380,7 @@ impl<E: Engine> VcpuLoop<E> {
             self.vm().handle().entry_failed(|| format!("the engine can't run L2's state: {name}"), None);
             // VMCS02 never ran; what L1 sees is a failed entry.
             let failed = FailedEntry { reason: exit.reason, qualification: exit.qualification };
+            self.account_forwarded(exit);
             let result = self.with_parts(true, |parts| failed.reflect(parts));
             if let Some(n) = self.nested.as_mut() {
                 std::mem::swap(&mut *n.vmcs01, &mut self.vmcs);

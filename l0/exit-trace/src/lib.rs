@@ -1,0 +1,21 @@
+//! What is known of each VM exit, and what can be told from many.
+//!
+//! Every exit of the engine becomes an [`Exit`]: which level left the guest, who handled it, how long
+//! the guest had run and how long L0 took. [`Statistics`] counts them; [`VcpuSummary`] is what it tells,
+//! as a table and, through serde, as JSON.
+//!
+//! **Causality.** L1 gets an exit of L2, works on it, perhaps exits to L0 itself while it does, and
+//! enters L2 again. The exits of L1 from a forwarded exit of L2 to the next one of L2 are *caused by*
+//! that exit. They are what makes nesting expensive ("exit multiplication", Ben-Yehuda et al., The Turtles
+//! Project, OSDI 2010).
+
+mod record;
+mod statistics;
+mod summary;
+mod table;
+
+pub use record::{Exit, Level, Recorder};
+pub use statistics::Statistics;
+pub use summary::{
+    Caused, ForwardedRow, Instructions, Latency, Row, Summary, TimeShares, VcpuSummary, VmcsAccesses,
+};

@@ -1,0 +1,263 @@
+//! One exit, and what keeps the last ones.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use x86_spec::exit::ExitReason;
+use x86_spec::interruption::InterruptionInfo;
+
+use crate::Statistics;
+use crate::summary::{Instructions, VcpuSummary, VmcsAccesses};
+
+/// How many exits a [`Recorder`] remembers, for a crash report.
+pub const LAST: usize = 32;
+
+/// Which level was in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Level {
+    /// L0's guest; a guest that is no hypervisor is L1 too.
+    L1,
+    /// L1's guest.
+    L2,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::L1 => "L1",
+            Self::L2 => "L2",
+        })
+    }
+}
+
+/// An exit, after L0 has handled it. Times are in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Its number, counted from 1; a [`Recorder`] gives it.
+    pub number: u64,
+    /// When it happened, from the start of the machine.
+    pub time_ns: u64,
+    /// Which level left the guest.
+    pub level: Level,
+    /// Why, as the engine reports it (SDM Vol. 3D appendix C).
+    pub reason: ExitReason,
+    /// L1 got it, for this reason; otherwise L0 handled it alone.
+    pub forwarded: Option<ExitReason>,
+    /// The engine did not exit: L0 made an exit to L1 out of an event for L1 that came while L0 did
+    /// something else, or out of a VM entry of L1 that failed.
+    pub synthesized: bool,
+    /// A VM entry that failed (bit 31 of the exit reason, SDM Vol. 3C §27.8).
+    pub entry_failure: bool,
+    /// Exit qualification (§28.2.1).
+    pub qualification: u64,
+    /// RIP of the level that exited.
+    pub rip: u64,
+    /// Guest-physical address, where the reason has one.
+    pub guest_physical: u64,
+    /// Guest-linear address, where the reason has one.
+    pub guest_linear: u64,
+    /// VM-exit interruption information (§25.9.2).
+    pub interruption: InterruptionInfo,
+    /// IDT-vectoring information (§25.9.3).
+    pub idt_vectoring: InterruptionInfo,
+    /// VM-exit instruction length in bytes.
+    pub instruction_length: u8,
+    /// Time in the guest before it.
+    pub guest_ns: u64,
+    /// L0's time for it, to the next entry or until L0 began to wait.
+    pub l0_ns: u64,
+    /// The forwarded exit of L2 that L1 was working on when it exited; a [`Recorder`] says.
+    pub cause: Option<u64>,
+}
+
+impl Exit {
+    /// An exit of `level` for `reason`, with nothing else known of it.
+    pub const fn new(level: Level, reason: ExitReason) -> Self {
+        Self {
+            number: 0,
+            time_ns: 0,
+            level,
+            reason,
+            forwarded: None,
+            synthesized: false,
+            entry_failure: false,
+            qualification: 0,
+            rip: 0,
+            guest_physical: 0,
+            guest_linear: 0,
+            interruption: InterruptionInfo::NONE,
+            idt_vectoring: InterruptionInfo::NONE,
+            instruction_length: 0,
+            guest_ns: 0,
+            l0_ns: 0,
+            cause: None,
+        }
+    }
+
+    /// Whether L1 puts L2 away with it: L2 won't go on from where it exited.
+    pub(crate) fn ends_work_on_l2(&self) -> bool {
+        self.level == Level::L1 && matches!(self.reason, ExitReason::Vmclear | ExitReason::Vmxoff)
+    }
+}
+
+impl fmt::Display for Exit {
+    /// One line, as crash reports have it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let owner = match self.forwarded {
+            None => "L0".to_owned(),
+            Some(r) if r == self.reason => "L1".to_owned(),
+            Some(r) => format!("L1 as {}", r.name()),
+        };
+        write!(
+            f,
+            "{:>10} {} {:<18} to {owner:<4} rip {:#x} qualification {:#x} length {} gpa {:#x}",
+            self.number,
+            self.level,
+            self.reason.name(),
+            self.rip,
+            self.qualification,
+            self.instruction_length,
+            self.guest_physical
+        )?;
+        if self.entry_failure {
+            write!(f, " VM entry failed")?;
+        }
+        if let Some(cause) = self.cause {
+            write!(f, " because of {cause}")?;
+        }
+        if self.idt_vectoring.is_valid() {
+            write!(f, " while delivering vector {}", self.idt_vectoring.vector())?;
+        }
+        Ok(())
+    }
+}
+
+/// What one vCPU's exits go to.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    statistics: Statistics,
+    last: VecDeque<Exit>,
+    exits: u64,
+    /// The exit of L2 that L1 works on.
+    cause: Option<u64>,
+    /// The engine's count of instructions at the last exit.
+    counted: u64,
+    instructions: Instructions,
+    /// VMREADs and VMWRITEs without exits, where the engine counts them.
+    pub vmcs_accesses: Option<VmcsAccesses>,
+}
+
+impl Recorder {
+    /// Takes an exit; its number and cause are filled in here. `instructions`: what the engine has
+    /// counted so far, 0 if it does not count.
+    pub fn exit(&mut self, mut exit: Exit, instructions: u64) {
+        self.number(&mut exit);
+        self.statistics.exit(&exit);
+        let executed = instructions.wrapping_sub(self.counted);
+        self.counted = instructions;
+        match exit.level {
+            Level::L1 => self.instructions.l1 += executed,
+            Level::L2 => self.instructions.l2 += executed,
+        }
+        if self.last.len() == LAST {
+            self.last.pop_front();
+        }
+        self.last.push_back(exit);
+    }
+
+    fn number(&mut self, exit: &mut Exit) {
+        self.exits += 1;
+        exit.number = self.exits;
+        exit.cause = match exit.level {
+            Level::L1 => self.cause,
+            Level::L2 => None,
+        };
+        if exit.level == Level::L2 {
+            self.cause = exit.forwarded.map(|_| exit.number);
+        } else if exit.ends_work_on_l2() {
+            self.cause = None;
+        }
+    }
+
+    /// Notes `ns` of waiting for an interrupt after HLT.
+    pub fn idle(&mut self, ns: u64) {
+        self.statistics.idle(ns);
+    }
+
+    /// The last exits, oldest first; `unfinished` is one that is being handled.
+    pub fn last_exits(&self, unfinished: Option<Exit>) -> Vec<Exit> {
+        let mut exits: Vec<Exit> = self.last.iter().copied().collect();
+        if let Some(mut exit) = unfinished {
+            exit.number = self.exits + 1;
+            exit.cause = self.cause.filter(|_| exit.level == Level::L1);
+            exits.push(exit);
+        }
+        exits
+    }
+
+    /// The statistics so far, of vCPU `cpu`.
+    pub fn summary(&self, cpu: usize) -> VcpuSummary {
+        let mut s = self.statistics.summary(cpu);
+        s.instructions = (self.counted > 0).then_some(self.instructions);
+        s.vmcs_accesses = self.vmcs_accesses;
+        s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn l1(reason: ExitReason) -> Exit {
+        Exit::new(Level::L1, reason)
+    }
+
+    fn l2(reason: ExitReason, forwarded: bool) -> Exit {
+        Exit { forwarded: forwarded.then_some(reason), ..Exit::new(Level::L2, reason) }
+    }
+
+    #[test]
+    fn exits_of_l1_have_the_forwarded_exit_of_l2_as_their_cause() {
+        let mut r = Recorder::default();
+        for exit in [
+            l1(ExitReason::Vmlaunch),
+            l2(ExitReason::Cpuid, true),
+            l1(ExitReason::Vmread),
+            l1(ExitReason::Vmresume),
+            l2(ExitReason::EptViolation, false),
+            l2(ExitReason::Vmcall, true),
+            l1(ExitReason::Vmresume),
+            l1(ExitReason::Vmclear),
+            l1(ExitReason::IoInstruction),
+        ] {
+            r.exit(exit, 0);
+        }
+        let causes: Vec<_> = r.last_exits(None).iter().map(|e| (e.number, e.cause)).collect();
+        let expected = [None, None, Some(2), Some(2), None, None, Some(6), Some(6), None];
+        assert_eq!(causes, (1..).zip(expected).collect::<Vec<_>>());
+        r.exit(l2(ExitReason::Hlt, true), 0);
+        let last = r.last_exits(Some(l1(ExitReason::Cpuid)));
+        assert_eq!(last.last().map(|e| (e.number, e.cause)), Some((11, Some(10))));
+    }
+
+    #[test]
+    fn the_last_exits_are_kept() {
+        let mut r = Recorder::default();
+        for rip in 0..100 {
+            r.exit(Exit { rip, ..l1(ExitReason::IoInstruction) }, 0);
+        }
+        let last = r.last_exits(None);
+        assert_eq!((last.len(), last[0].rip, last[LAST - 1].rip, last[LAST - 1].number), (LAST, 68, 99, 100));
+    }
+
+    #[test]
+    fn instructions_are_the_level_s_that_executed_them() {
+        let mut r = Recorder::default();
+        for (exit, total) in
+            [(l1(ExitReason::Vmlaunch), 100), (l2(ExitReason::Cpuid, true), 107), (l1(ExitReason::Hlt), 120)]
+        {
+            r.exit(exit, total);
+        }
+        assert_eq!(r.summary(0).instructions, Some(Instructions { l1: 113, l2: 7 }));
+    }
+}
