@@ -188,6 +188,8 @@ impl<E: Engine> VcpuLoop<E> {
                 }
             } else {
                 if let Some(exit) = self.settle_before_event() {
+                    self.account_handled();
+                    self.account_exit(&exit);
                     match self.dispatch(&exit) {
                         Outcome::Resume => {}
                         Outcome::Halt => self.halted = true,
