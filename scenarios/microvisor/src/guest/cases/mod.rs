@@ -7,6 +7,7 @@ mod ept;
 mod events;
 mod exits;
 mod instructions;
+mod pmu;
 mod state;
 
 use super::suite::Case;
@@ -31,6 +32,7 @@ pub fn all(f: &mut dyn FnMut(&Case)) {
         events::CASES,
         ept::CASES,
         apic::CASES,
+        pmu::CASES,
         state::CASES,
     ];
     for group in groups.into_iter().chain(exits::GROUPS) {
