@@ -5,6 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use exit_trace::{Summary, VcpuSummary};
+use rustix::process::Signal;
 use tests::process::{Finished, Launch};
 use x86_spec::exit::ExitReason;
 
@@ -44,6 +45,10 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
 }
 
 fn run(options: &[&str], words: &str) -> Finished {
+    launch(options, words).run(LIMIT)
+}
+
+fn launch(options: &[&str], words: &str) -> Launch {
     Launch::new([
         "run",
         "--memory",
@@ -56,7 +61,6 @@ fn run(options: &[&str], words: &str) -> Finished {
     ])
     .args(options)
     .args(&["--append", words])
-    .run(LIMIT)
 }
 
 /// The three numbers of the last line: passed, failed, skipped.
@@ -128,6 +132,24 @@ fn a_small_ept02_is_reclaimed() {
     };
     assert_eq!(reclaims("2048"), 0);
     assert!(reclaims("256") > 1);
+}
+
+#[test]
+fn sigusr2_shows_the_vmcss_while_l2_runs() {
+    let mut process = launch(&[], "spin").start();
+    process.expect("L2 spins", LIMIT);
+    process.signal(Signal::USR2);
+    process.expect_error("L2 runs, at 0x", LIMIT);
+    process.expect_error("VMCS12 is at L1 address 0x", LIMIT);
+    // What L0 needs and L1 does not ask for, in VMCS01, VMCS12 and VMCS02.
+    process.expect_error(
+        "External-interrupt exiting                        1          0          1  L0 needs it",
+        LIMIT,
+    );
+    process.expect_error("Guest RIP", LIMIT);
+    process.expect_error("tr   VMCS02", LIMIT);
+    process.signal(Signal::TERM);
+    process.finish(LIMIT).expect_status(128 + 15);
 }
 
 #[test]

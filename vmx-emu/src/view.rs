@@ -16,10 +16,10 @@ use crate::vmcs12::Vmcs12;
 pub struct ThreeWay<'a> {
     /// How L0 runs L1.
     pub vmcs01: &'a EngineVmcs,
-    /// How L1 wants L2 to run.
-    pub vmcs12: &'a Vmcs12,
-    /// How L0 runs L2.
-    pub vmcs02: &'a EngineVmcs,
+    /// How L1 wants L2 to run; `None` if it has no current VMCS.
+    pub vmcs12: Option<&'a Vmcs12>,
+    /// How L0 runs L2, or ran it last; `None` if it never did.
+    pub vmcs02: Option<&'a EngineVmcs>,
     /// Origins of VMCS02's control bits; `None` if no merge came about.
     pub origins: Option<&'a ControlOrigins>,
 }
@@ -33,30 +33,43 @@ impl fmt::Display for ThreeWay<'_> {
     }
 }
 
-/// A row: name and the values of VMCS01, VMCS12 and VMCS02.
-type Row = (Field, u64, u64);
+/// A row: name and the values of VMCS01 and VMCS02.
+type Row = (Field, u64, Option<u64>);
+
+/// A value, or that there is none.
+fn cell(value: Option<u64>) -> String {
+    value.map_or_else(|| "-".into(), |v| format!("{v:#x}"))
+}
 
 impl ThreeWay<'_> {
     /// The bits of the five control fields that are set anywhere.
     fn control_bits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (a, c) = (&self.vmcs01.controls, &self.vmcs02.controls);
+        let a = &self.vmcs01.controls;
+        let c = self.vmcs02.map(|v| &v.controls);
         let none = ControlOrigins::default();
         let o = self.origins.unwrap_or(&none);
-        let fields: [(Field, &[Control], u32, u32, &Origins); 5] = [
-            (Field::PinControls, capabilities::PIN, a.pin.bits(), c.pin.bits(), &o.pin),
-            (Field::PrimaryControls, capabilities::PRIMARY, a.primary.bits(), c.primary.bits(), &o.primary),
+        let fields: [(Field, &[Control], u32, Option<u32>, &Origins); 5] = [
+            (Field::PinControls, capabilities::PIN, a.pin.bits(), c.map(|c| c.pin.bits()), &o.pin),
+            (
+                Field::PrimaryControls,
+                capabilities::PRIMARY,
+                a.primary.bits(),
+                c.map(|c| c.primary.bits()),
+                &o.primary,
+            ),
             (
                 Field::SecondaryControls,
                 capabilities::SECONDARY,
                 a.secondary.bits(),
-                c.secondary.bits(),
+                c.map(|c| c.secondary.bits()),
                 &o.secondary,
             ),
-            (Field::ExitControls, capabilities::EXIT, a.exit.bits(), c.exit.bits(), &o.exit),
-            (Field::EntryControls, capabilities::ENTRY, a.entry.bits(), c.entry.bits(), &o.entry),
+            (Field::ExitControls, capabilities::EXIT, a.exit.bits(), c.map(|c| c.exit.bits()), &o.exit),
+            (Field::EntryControls, capabilities::ENTRY, a.entry.bits(), c.map(|c| c.entry.bits()), &o.entry),
         ];
         for (field, controls, v01, v02, origins) in fields {
-            let v12 = self.vmcs12.get32(field);
+            let v12 = self.vmcs12.map(|v| v.get32(field));
+            let any = v01 | v12.unwrap_or(0) | v02.unwrap_or(0);
             writeln!(
                 f,
                 "{:<42} {:>10} {:>10} {:>10}  origin",
@@ -65,9 +78,13 @@ impl ThreeWay<'_> {
                 "VMCS12",
                 "VMCS02"
             )?;
-            for control in controls.iter().filter(|c| (v01 | v12 | v02) & c.mask() != 0) {
-                let bit = |v: u32| u32::from(v & control.mask() != 0);
-                write!(f, "  {:<40} {:>10} {:>10} {:>10}", control.name, bit(v01), bit(v12), bit(v02))?;
+            for control in controls.iter().filter(|c| any & c.mask() != 0) {
+                let bit = |v: Option<u32>| match v {
+                    None => '-',
+                    Some(v) => char::from(b'0' + u8::from(v & control.mask() != 0)),
+                };
+                let (v01, v12, v02) = (bit(Some(v01)), bit(v12), bit(v02));
+                write!(f, "  {:<40} {v01:>10} {v12:>10} {v02:>10}", control.name)?;
                 if self.origins.is_some() {
                     write!(f, "  {}", origins.of(control.bit))?;
                 }
@@ -81,68 +98,84 @@ impl ThreeWay<'_> {
     fn rows(&self, f: &mut fmt::Formatter<'_>, title: &str, rows: &[Row]) -> fmt::Result {
         writeln!(f, "{title:<42} {:>18} {:>18} {:>18}", "VMCS01", "VMCS12", "VMCS02")?;
         for (field, v01, v02) in rows {
-            let v12 = self.vmcs12.get(*field);
-            let mark = if v12 == *v02 { ' ' } else { '*' };
-            writeln!(f, " {mark}{:<40} {v01:>#18x} {v12:>#18x} {v02:>#18x}", field.sdm_name())?;
+            let v12 = self.vmcs12.map(|v| v.get(*field));
+            let differ = matches!((v12, v02), (Some(a), Some(b)) if a != *b);
+            let mark = if differ { '*' } else { ' ' };
+            let (v01, v12, v02) = (cell(Some(*v01)), cell(v12), cell(*v02));
+            writeln!(f, " {mark}{:<40} {v01:>18} {v12:>18} {v02:>18}", field.sdm_name())?;
         }
         Ok(())
     }
 
     fn control_rows(&self) -> Vec<Row> {
-        let (a, c) = (&self.vmcs01.controls, &self.vmcs02.controls);
+        let a = &self.vmcs01.controls;
+        let c = self.vmcs02.map(|v| &v.controls);
         vec![
-            (Field::ExceptionBitmap, a.exception_bitmap.into(), c.exception_bitmap.into()),
-            (Field::PageFaultErrorCodeMask, a.pfec_mask.into(), c.pfec_mask.into()),
-            (Field::PageFaultErrorCodeMatch, a.pfec_match.into(), c.pfec_match.into()),
-            (Field::IoBitmapA, a.io_bitmap_a.0, c.io_bitmap_a.0),
-            (Field::IoBitmapB, a.io_bitmap_b.0, c.io_bitmap_b.0),
-            (Field::MsrBitmap, a.msr_bitmap.0, c.msr_bitmap.0),
-            (Field::TscOffset, a.tsc_offset, c.tsc_offset),
-            (Field::TscMultiplier, a.tsc_multiplier, c.tsc_multiplier),
-            (Field::Cr0Mask, a.cr0_mask, c.cr0_mask),
-            (Field::Cr0Shadow, a.cr0_shadow, c.cr0_shadow),
-            (Field::Cr4Mask, a.cr4_mask, c.cr4_mask),
-            (Field::Cr4Shadow, a.cr4_shadow, c.cr4_shadow),
-            (Field::Cr3TargetCount, a.cr3_target_count.into(), c.cr3_target_count.into()),
-            (Field::ApicAccessAddress, a.apic_access.0, c.apic_access.0),
-            (Field::VirtualApicAddress, a.virtual_apic.0, c.virtual_apic.0),
-            (Field::TprThreshold, a.tpr_threshold.into(), c.tpr_threshold.into()),
-            (Field::PostedInterruptVector, a.posted_vector.into(), c.posted_vector.into()),
-            (Field::PostedInterruptDescriptor, a.posted_descriptor.0, c.posted_descriptor.0),
-            (Field::Eptp, a.eptp, c.eptp),
-            (Field::Vpid, a.vpid.into(), c.vpid.into()),
-            (Field::VmFunctionControls, a.vm_functions, c.vm_functions),
-            (Field::XssExitBitmap, a.xss_exit_bitmap, c.xss_exit_bitmap),
-            (Field::EntryInterruptionInfo, a.entry_interruption.0.into(), c.entry_interruption.0.into()),
-            (Field::EntryErrorCode, a.entry_error_code.into(), c.entry_error_code.into()),
+            (Field::ExceptionBitmap, a.exception_bitmap.into(), c.map(|c| u64::from(c.exception_bitmap))),
+            (Field::PageFaultErrorCodeMask, a.pfec_mask.into(), c.map(|c| u64::from(c.pfec_mask))),
+            (Field::PageFaultErrorCodeMatch, a.pfec_match.into(), c.map(|c| u64::from(c.pfec_match))),
+            (Field::IoBitmapA, a.io_bitmap_a.0, c.map(|c| c.io_bitmap_a.0)),
+            (Field::IoBitmapB, a.io_bitmap_b.0, c.map(|c| c.io_bitmap_b.0)),
+            (Field::MsrBitmap, a.msr_bitmap.0, c.map(|c| c.msr_bitmap.0)),
+            (Field::TscOffset, a.tsc_offset, c.map(|c| c.tsc_offset)),
+            (Field::TscMultiplier, a.tsc_multiplier, c.map(|c| c.tsc_multiplier)),
+            (Field::Cr0Mask, a.cr0_mask, c.map(|c| c.cr0_mask)),
+            (Field::Cr0Shadow, a.cr0_shadow, c.map(|c| c.cr0_shadow)),
+            (Field::Cr4Mask, a.cr4_mask, c.map(|c| c.cr4_mask)),
+            (Field::Cr4Shadow, a.cr4_shadow, c.map(|c| c.cr4_shadow)),
+            (Field::Cr3TargetCount, a.cr3_target_count.into(), c.map(|c| u64::from(c.cr3_target_count))),
+            (Field::ApicAccessAddress, a.apic_access.0, c.map(|c| c.apic_access.0)),
+            (Field::VirtualApicAddress, a.virtual_apic.0, c.map(|c| c.virtual_apic.0)),
+            (Field::TprThreshold, a.tpr_threshold.into(), c.map(|c| u64::from(c.tpr_threshold))),
+            (Field::PostedInterruptVector, a.posted_vector.into(), c.map(|c| u64::from(c.posted_vector))),
+            (Field::PostedInterruptDescriptor, a.posted_descriptor.0, c.map(|c| c.posted_descriptor.0)),
+            (Field::Eptp, a.eptp, c.map(|c| c.eptp)),
+            (Field::Vpid, a.vpid.into(), c.map(|c| u64::from(c.vpid))),
+            (Field::VmFunctionControls, a.vm_functions, c.map(|c| c.vm_functions)),
+            (Field::XssExitBitmap, a.xss_exit_bitmap, c.map(|c| c.xss_exit_bitmap)),
+            (
+                Field::EntryInterruptionInfo,
+                a.entry_interruption.0.into(),
+                c.map(|c| u64::from(c.entry_interruption.0)),
+            ),
+            (Field::EntryErrorCode, a.entry_error_code.into(), c.map(|c| u64::from(c.entry_error_code))),
         ]
     }
 
     fn guest_rows(&self) -> Vec<Row> {
-        let (a, c) = (&self.vmcs01.guest, &self.vmcs02.guest);
+        let a = &self.vmcs01.guest;
+        let c = self.vmcs02.map(|v| &v.guest);
         vec![
-            (Field::GuestRip, a.rip, c.rip),
-            (Field::GuestRsp, a.rsp, c.rsp),
-            (Field::GuestRflags, a.rflags, c.rflags),
-            (Field::GuestCr0, a.cr0, c.cr0),
-            (Field::GuestCr3, a.cr3, c.cr3),
-            (Field::GuestCr4, a.cr4, c.cr4),
-            (Field::GuestDr7, a.dr7, c.dr7),
-            (Field::GuestDebugctl, a.debugctl, c.debugctl),
-            (Field::GuestEfer, a.efer, c.efer),
-            (Field::GuestPat, a.pat, c.pat),
-            (Field::GuestSysenterCs, a.sysenter_cs, c.sysenter_cs),
-            (Field::GuestSysenterEsp, a.sysenter_esp, c.sysenter_esp),
-            (Field::GuestSysenterEip, a.sysenter_eip, c.sysenter_eip),
-            (Field::GuestActivity, a.activity as u64, c.activity as u64),
-            (Field::GuestInterruptibility, a.interruptibility.into(), c.interruptibility.into()),
-            (Field::GuestPendingDebug, a.pending_debug, c.pending_debug),
-            (Field::GuestInterruptStatus, a.interrupt_status.into(), c.interrupt_status.into()),
-            (Field::PreemptionTimer, a.preemption_timer.into(), c.preemption_timer.into()),
-            (Field::GuestGdtrBase, a.gdtr.base, c.gdtr.base),
-            (Field::GuestGdtrLimit, a.gdtr.limit.into(), c.gdtr.limit.into()),
-            (Field::GuestIdtrBase, a.idtr.base, c.idtr.base),
-            (Field::GuestIdtrLimit, a.idtr.limit.into(), c.idtr.limit.into()),
+            (Field::GuestRip, a.rip, c.map(|c| c.rip)),
+            (Field::GuestRsp, a.rsp, c.map(|c| c.rsp)),
+            (Field::GuestRflags, a.rflags, c.map(|c| c.rflags)),
+            (Field::GuestCr0, a.cr0, c.map(|c| c.cr0)),
+            (Field::GuestCr3, a.cr3, c.map(|c| c.cr3)),
+            (Field::GuestCr4, a.cr4, c.map(|c| c.cr4)),
+            (Field::GuestDr7, a.dr7, c.map(|c| c.dr7)),
+            (Field::GuestDebugctl, a.debugctl, c.map(|c| c.debugctl)),
+            (Field::GuestEfer, a.efer, c.map(|c| c.efer)),
+            (Field::GuestPat, a.pat, c.map(|c| c.pat)),
+            (Field::GuestSysenterCs, a.sysenter_cs, c.map(|c| c.sysenter_cs)),
+            (Field::GuestSysenterEsp, a.sysenter_esp, c.map(|c| c.sysenter_esp)),
+            (Field::GuestSysenterEip, a.sysenter_eip, c.map(|c| c.sysenter_eip)),
+            (Field::GuestActivity, a.activity as u64, c.map(|c| c.activity as u64)),
+            (
+                Field::GuestInterruptibility,
+                a.interruptibility.into(),
+                c.map(|c| u64::from(c.interruptibility)),
+            ),
+            (Field::GuestPendingDebug, a.pending_debug, c.map(|c| c.pending_debug)),
+            (
+                Field::GuestInterruptStatus,
+                a.interrupt_status.into(),
+                c.map(|c| u64::from(c.interrupt_status)),
+            ),
+            (Field::PreemptionTimer, a.preemption_timer.into(), c.map(|c| u64::from(c.preemption_timer))),
+            (Field::GuestGdtrBase, a.gdtr.base, c.map(|c| c.gdtr.base)),
+            (Field::GuestGdtrLimit, a.gdtr.limit.into(), c.map(|c| u64::from(c.gdtr.limit))),
+            (Field::GuestIdtrBase, a.idtr.base, c.map(|c| c.idtr.base)),
+            (Field::GuestIdtrLimit, a.idtr.limit.into(), c.map(|c| u64::from(c.idtr.limit))),
         ]
     }
 
@@ -152,11 +185,11 @@ impl ThreeWay<'_> {
         for (i, name) in seg::NAMES.iter().enumerate() {
             let sides = [
                 ("01", self.vmcs01.guest.segments.get(i).copied()),
-                ("12", Some(self.vmcs12.guest_segment(i))),
-                ("02", self.vmcs02.guest.segments.get(i).copied()),
+                ("12", self.vmcs12.map(|v| v.guest_segment(i))),
+                ("02", self.vmcs02.and_then(|v| v.guest.segments.get(i).copied())),
             ];
             for (side, s) in sides {
-                let s = s.unwrap_or_default();
+                let Some(s) = s else { continue };
                 let (selector, base, limit, rights) = (s.selector, s.base, s.limit, s.access.0);
                 writeln!(
                     f,

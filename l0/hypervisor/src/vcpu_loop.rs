@@ -160,7 +160,9 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     fn enter_until_end(&mut self) -> RunEnd {
+        let handle = self.vm.handle().clone();
         loop {
+            handle.answer_views(self.index, || self.vmcs_view());
             if let Some(end) = self.service_devices() {
                 return end;
             }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
 use devices::clock::{NS_PER_SEC, mul_div};
@@ -233,6 +233,9 @@ struct CpuSignal {
     sleep: Mutex<()>,
     wake: Condvar,
     recorder: Mutex<Recorder>,
+    /// Those who want to see the VMCSs.
+    views: Mutex<Vec<mpsc::Sender<String>>>,
+    view_wanted: AtomicBool,
 }
 
 /// Explanations of failed VM entries that are kept; older ones give way.
@@ -312,6 +315,30 @@ impl VmHandle {
     /// Exit statistics of all vCPUs so far.
     pub fn summary(&self) -> exit_trace::Summary {
         exit_trace::Summary::new((0..self.0.cpus.len()).filter_map(|cpu| self.stats(cpu)).collect())
+    }
+
+    /// VMCS01, VMCS12 and VMCS02 of vCPU `cpu` side by side, as they are between an exit and the next entry. `None` if
+    /// there is no such vCPU, or it does not answer within `patience`, as when it has stopped.
+    pub fn vmcs_view(&self, cpu: usize, patience: Duration) -> Option<String> {
+        let c = self.0.cpus.get(cpu)?;
+        let (sender, receiver) = mpsc::channel();
+        lock(&c.views).push(sender);
+        c.view_wanted.store(true, Ordering::SeqCst);
+        self.notify(cpu);
+        receiver.recv_timeout(patience).ok()
+    }
+
+    /// Shows the VMCSs, as `view` makes them, to those who asked.
+    pub(crate) fn answer_views(&self, cpu: usize, view: impl FnOnce() -> String) {
+        let Some(c) = self.0.cpus.get(cpu) else { return };
+        if !c.view_wanted.load(Ordering::Relaxed) || !c.view_wanted.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let view = view();
+        for sender in lock(&c.views).drain(..) {
+            // Who asked may have run out of patience.
+            let _ = sender.send(view.clone());
+        }
     }
 
     /// VM entries of L1 that failed so far, and why.

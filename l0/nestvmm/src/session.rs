@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hypervisor::VmHandle;
 use machine::Pc;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use crate::status::{self, Failure};
@@ -53,6 +53,9 @@ fn write_json(path: &Path, summary: &exit_trace::Summary) -> io::Result<()> {
     file.persist(path)?;
     Ok(())
 }
+
+/// How long a vCPU may take to show its VMCSs. It leaves the guest at once, so this is for a host that is busy.
+const VIEW_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A run.
 #[derive(Default)]
@@ -143,6 +146,7 @@ impl Session {
                 }
             }
             Escape::Stats => self.print_stats(),
+            Escape::Vmcs => self.print_vmcs(),
         }
     }
 
@@ -160,13 +164,23 @@ impl Session {
         }
     }
 
+    /// Prints VMCS01, VMCS12 and VMCS02 of the machine that runs now.
+    pub fn print_vmcs(&self) {
+        if let Some(r) = self.running() {
+            match r.handle.vmcs_view(0, VIEW_PATIENCE) {
+                Some(view) => eprint!("\n{view}"),
+                None => eprintln!("\nnestvmm: the vCPU does not answer; no VMCS to show"),
+            }
+        }
+    }
+
     /// Starts the thread that waits for signals.
     ///
     /// # Errors
     /// When the host refuses.
     pub fn start_signals(self: &Arc<Self>) -> Result<(), Failure> {
         let refuse = |e: std::io::Error| Failure::host(format!("can't handle signals: {e}"));
-        let list = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGTSTP, SIGCONT];
+        let list = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGTSTP, SIGCONT];
         let mut signals = Signals::new(list).map_err(refuse)?;
         let session = self.clone();
         let body = move || signals.forever().for_each(|s| session.signal(s));
@@ -179,6 +193,7 @@ impl Session {
                 self.print_stats();
                 self.write_stats();
             }
+            SIGUSR2 => self.print_vmcs(),
             SIGCONT => terminal::resume(),
             SIGTSTP => {
                 terminal::restore();

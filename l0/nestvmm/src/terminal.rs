@@ -91,6 +91,8 @@ pub enum Escape {
     PowerButton,
     /// Ctrl-A s: print exit statistics.
     Stats,
+    /// Ctrl-A v: print VMCS01, VMCS12 and VMCS02.
+    Vmcs,
 }
 
 /// The escape keys, for the user.
@@ -99,6 +101,7 @@ pub const KEYS: &str = "\n\
     Ctrl-A x      quit\n\
     Ctrl-A p      press the power button\n\
     Ctrl-A s      print exit statistics\n\
+    Ctrl-A v      print VMCS01, VMCS12 and VMCS02\n\
     Ctrl-A Ctrl-A send Ctrl-A\n";
 
 /// Ctrl-A.
@@ -136,6 +139,7 @@ impl EscapeParser {
             b'h' | b'?' => Key::Escape(Escape::Help),
             b'p' => Key::Escape(Escape::PowerButton),
             b's' => Key::Escape(Escape::Stats),
+            b'v' => Key::Escape(Escape::Vmcs),
             PREFIX => Key::Guest(PREFIX),
             _ => Key::Nothing,
         }

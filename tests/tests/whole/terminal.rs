@@ -67,6 +67,9 @@ fn escape_keys() {
     process.expect("Ctrl-A x", LIMIT);
     process.type_bytes(b"\x01s");
     process.expect("guest instructions", LIMIT);
+    process.type_bytes(b"\x01v");
+    process.expect("L1 is not in VMX operation: it has no VMCS12.", LIMIT);
+    process.expect("Guest RIP", LIMIT);
     // Anything else after Ctrl-A is dropped, and what follows is the guest's again.
     process.type_bytes(b"\x01zQ~");
     process.expect("Q~", LIMIT);

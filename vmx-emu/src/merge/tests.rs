@@ -433,7 +433,7 @@ proptest! {
         let mut regs = GuestRegs { gpr, ..GuestRegs::reset() };
         let entered = enter::enter(&mut vmcs02, merged, &b.vmcs01, &b.vmcs12, &mut regs, &b.ram, &mut NoMsrs);
         let view = view::ThreeWay {
-            vmcs01: &b.vmcs01, vmcs12: &b.vmcs12, vmcs02: &vmcs02, origins: Some(&origins),
+            vmcs01: &b.vmcs01, vmcs12: Some(&b.vmcs12), vmcs02: Some(&vmcs02), origins: Some(&origins),
         };
         prop_assert!(view.to_string().contains("Guest RIP"));
         let mut vmcs01 = b.vmcs01.clone();
@@ -480,8 +480,8 @@ fn the_view_names_bits_values_and_origins() {
     let vmcs02 = EngineVmcs { controls: merged.controls, ..EngineVmcs::default() };
     let view = crate::view::ThreeWay {
         vmcs01: &b.vmcs01,
-        vmcs12: &b.vmcs12,
-        vmcs02: &vmcs02,
+        vmcs12: Some(&b.vmcs12),
+        vmcs02: Some(&vmcs02),
         origins: Some(&merged.origins),
     };
     let text = view.to_string();
@@ -493,4 +493,14 @@ fn the_view_names_bits_values_and_origins() {
     assert!(!text.contains("WBINVD exiting"), "bits that nobody sets are left out");
     // VMCS02 differs from VMCS12 here, as no guest state was loaded.
     assert!(line("Guest RIP").starts_with(" *"), "{text}");
+    // What there is not shows as such.
+    let view = crate::view::ThreeWay { vmcs01: &b.vmcs01, vmcs12: None, vmcs02: None, origins: None };
+    let text = view.to_string();
+    let words = |name: &str| {
+        let line = text.lines().find(|l| l.contains(name)).expect(name);
+        line.split_whitespace().rev().take(3).collect::<Vec<_>>()
+    };
+    assert_eq!(words("HLT exiting"), ["-", "-", "1"]);
+    assert_eq!(words("Guest RIP"), ["-", "-", "0xfff0"]);
+    assert!(text.contains("VMCS01 0x") && !text.contains("VMCS02 0x"), "segments: {text}");
 }

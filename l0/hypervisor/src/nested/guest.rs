@@ -206,8 +206,12 @@ impl<E: Engine> VcpuLoop<E> {
         let report = checks::run(&context);
         if !report.passed() {
             let rip = self.vmcs.guest.rip;
-            let view =
-                ThreeWay { vmcs01: &self.vmcs, vmcs12, vmcs02: &n.vmcs01, origins: n.origins.as_ref() };
+            let view = ThreeWay {
+                vmcs01: &self.vmcs,
+                vmcs12: Some(vmcs12),
+                vmcs02: n.origins.is_some().then_some(&*n.vmcs01),
+                origins: n.origins.as_ref(),
+            };
             vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
             tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
         }

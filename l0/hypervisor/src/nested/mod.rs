@@ -10,6 +10,7 @@ mod msrs;
 mod root;
 mod shadow;
 mod sync;
+mod view;
 
 use engine::{Engine, EngineVmcs};
 use ept_compress::{Ept02, Ept02Error, Format};

@@ -2,6 +2,7 @@
 
 use core::fmt::{self, Write};
 
+use super::vm::{Vm, code};
 use super::vmx::{self, Caps};
 use super::{bench, cases, cpu, memory, trap, vmexit};
 
@@ -119,6 +120,19 @@ pub fn enter_vmx(ctx: &Ctx) -> Outcome {
     }
 }
 
+/// An L2 that says so and spins for ever, for those who want to look at it.
+fn spin(ctx: &Ctx) -> Outcome {
+    enter_vmx(ctx)?;
+    let text = b"L2 spins\n";
+    let mut vm = Vm::new(&ctx.caps, code!["rep outsb", "2: jmp 2b"])?;
+    memory::copy(vm.data, text.as_ptr() as u64, text.len());
+    vm.regs.rsi = vm.data;
+    vm.regs.rcx = text.len() as u64;
+    vm.regs.rdx = 0x3f8;
+    let exit = vm.run()?;
+    fail!("L2 does not spin: exit reason {}", exit.reason)
+}
+
 #[derive(Default)]
 struct Counts {
     passed: u32,
@@ -157,6 +171,18 @@ pub fn main(options: &str) -> bool {
             Some(caps) => bench::main(&context(caps), word(options, "only="), rounds),
             None => {
                 println!("CPUID does not show VMX");
+                true
+            }
+        };
+    }
+    if has(options, "spin") {
+        return match caps.map(|caps| spin(&context(caps))) {
+            Some(Err(Stop::Fail(text))) => {
+                println!("FAIL spin: {}", text.as_str());
+                true
+            }
+            _ => {
+                println!("L2 can't run");
                 true
             }
         };
