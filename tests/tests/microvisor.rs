@@ -5,8 +5,11 @@ use std::fs;
 use std::time::Duration;
 
 use exit_trace::{Summary, VcpuSummary};
+use microvisor::Covered;
 use rustix::process::Signal;
 use tests::process::{Finished, Launch};
+use vmx_emu::InstructionError;
+use vmx_emu::route::{Cause, TABLE};
 use x86_spec::exit::ExitReason;
 
 /// Far more than the suite takes on a busy host.
@@ -24,6 +27,66 @@ const _: () = {
         i += 1;
     }
 };
+
+/// Each exit reason that L1 can get has a case that causes it, and, where a control of L1's decides, one that
+/// does not; those that can't occur have none. Else this does not compile.
+const _: () = {
+    let mut i = 0;
+    while i < TABLE.len() {
+        let row = find(microvisor::EXITS, TABLE[i].reason as u32);
+        match TABLE[i].cause {
+            Cause::Never { .. } => assert!(row.is_none(), "an exit that never occurs has a case"),
+            Cause::Unconditional => causes(row),
+            Cause::Controls(_) => {
+                causes(row);
+                assert!(passes(row), "an exit that a control decides has no case that does not exit");
+            }
+        }
+        i += 1;
+    }
+};
+
+/// The same for VM-instruction errors. VMCALL in VMX root operation (1) fails always.
+const _: () = {
+    let mut i = 0;
+    while i < InstructionError::ALL.len() {
+        let error = InstructionError::ALL[i];
+        let row = find(microvisor::ERRORS, error.number());
+        if error.never().is_some() {
+            assert!(row.is_none(), "a VM-instruction error that never occurs has a case");
+        } else {
+            causes(row);
+            let always = matches!(error, InstructionError::VmcallInRoot);
+            assert!(always || passes(row), "a VM-instruction error has no case that succeeds");
+        }
+        i += 1;
+    }
+};
+
+const fn find(table: &[Covered], number: u32) -> Option<&Covered> {
+    let mut i = 0;
+    while i < table.len() {
+        if table[i].number == number {
+            return Some(&table[i]);
+        }
+        i += 1;
+    }
+    None
+}
+
+const fn causes(row: Option<&Covered>) {
+    match row {
+        Some(row) => assert!(!row.causes.is_empty(), "nothing in the microvisor causes it"),
+        None => panic!("an exit reason or VM-instruction error has no case in the microvisor"),
+    }
+}
+
+const fn passes(row: Option<&Covered>) -> bool {
+    match row {
+        Some(row) => !row.passes.is_empty(),
+        None => false,
+    }
+}
 
 const fn has_case(check: &str) -> bool {
     let mut i = 0;
@@ -81,6 +144,10 @@ fn suite(options: &[&str]) {
     assert_eq!(failed, 0);
     assert_eq!(passed + skipped, listed, "{}", finished.output);
     assert!(listed > 300, "{listed} cases");
+    let (exits, errors) = (microvisor::EXITS.len(), microvisor::ERRORS.len());
+    let all =
+        format!("coverage: {exits} of {exits} exit reasons, {errors} of {errors} VM-instruction errors");
+    assert!(finished.output.lines().any(|l| l == all), "{}", finished.output);
     // What may be missing is what L0 does not offer; the bulk may not.
     assert!(skipped < 20, "{}", finished.output);
 }
@@ -93,6 +160,23 @@ fn every_case_with_trapped_vmcs_accesses() {
 #[test]
 fn every_case_with_a_shadow_vmcs() {
     suite(&["--vmcs-access", "shadow"]);
+}
+
+/// SDM Vol. 3C §28.7: a VM exit that can't load L1's state is a VMX abort. The processor shuts down, which ends the run
+/// as any shutdown of L1 does, with what failed; the indicator is in the VMCS region.
+#[test]
+fn vmx_aborts_end_the_run() {
+    for (what, message) in [
+        ("msr_store", "VMX abort 1: saving guest MSRs failed at entry 1"),
+        ("pdptes", "VMX abort 2: a PDPTE at host CR3"),
+        ("msr_load", "VMX abort 4: loading host MSRs failed: entry 1 of the list, MSR 0xc0000102"),
+        ("address_size", "VMX abort 6: the guest was in IA-32e mode"),
+    ] {
+        let finished = run(&[], &format!("abort={what}"));
+        finished.expect_status(8);
+        assert!(finished.errors.contains(message), "{what}: {}", finished.errors);
+        assert!(!finished.output.contains("FAIL"), "{what}: {}", finished.output);
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use x86_spec::msr;
 use x86_spec::reg::{cr0, cr4, dr, efer};
 use x86_spec::segment::seg;
 
+use crate::checks::Report;
 use crate::fields::{Field, GUEST_PDPTES};
 use crate::merge::bitmaps::secondary12;
 use crate::merge::{Merged, set_timer};
@@ -37,12 +38,84 @@ pub struct FailedEntry {
     pub qualification: u64,
 }
 
+/// An entry of a list of MSRs to load that can't be loaded (§27.4, §28.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("entry {entry} of the list, MSR {word:#x} with value {value:#x}: {rule}")]
+pub struct MsrLoadFailure {
+    /// Its number, counted from 1.
+    pub entry: u32,
+    /// Its first half: the MSR's index in bits 31:0.
+    pub word: u64,
+    /// The value to be loaded.
+    pub value: u64,
+    /// What it breaks.
+    pub rule: MsrRule,
+}
+
+/// A rule for the entries of a list of MSRs to load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MsrRule {
+    /// §25.7.2.
+    #[error("the list has more than 512 entries (IA32_VMX_MISC bits 27:25)")]
+    Length,
+    /// Bits 63:32 of the entry.
+    #[error("bits 63:32 of the entry are not 0")]
+    Reserved,
+    /// IA32_FS_BASE, IA32_GS_BASE.
+    #[error("the MSR is loaded from the VMCS, with the segment")]
+    SegmentBase,
+    /// IA32_SMM_MONITOR_CTL.
+    #[error("the MSR can be written in SMM only")]
+    Smm,
+    /// IA32_BIOS_UPDT_TRIG, IA32_BIOS_SIGN_ID.
+    #[error("the MSR belongs to microcode updates, which can't be loaded here")]
+    Microcode,
+    /// An x2APIC register in x2APIC mode.
+    #[error("registers of the local APIC can't be loaded in x2APIC mode")]
+    X2apic,
+    /// WRMSR would raise #GP(0).
+    #[error("WRMSR would be #GP(0): there is no such MSR, or it does not take the value")]
+    Refused,
+}
+
+impl MsrRule {
+    /// What would satisfy it.
+    pub const fn expected(self) -> &'static str {
+        match self {
+            Self::Length => "at most 512 entries",
+            Self::Reserved => "bits 63:32 of the first half of the entry = 0",
+            Self::SegmentBase => {
+                "the FS or GS base field of the VMCS instead of IA32_FS_BASE or IA32_GS_BASE"
+            }
+            Self::Smm => "no IA32_SMM_MONITOR_CTL",
+            Self::Microcode => "no IA32_BIOS_UPDT_TRIG and no IA32_BIOS_SIGN_ID",
+            Self::X2apic => "no MSR from 800H to 8FFH",
+            Self::Refused => "an MSR and a value that WRMSR accepts at CPL 0",
+        }
+    }
+}
+
+impl From<MsrLoadFailure> for FailedEntry {
+    fn from(f: MsrLoadFailure) -> Self {
+        Self { reason: ExitReason::MsrLoading, qualification: f.entry.into() }
+    }
+}
+
+impl MsrLoadFailure {
+    /// What the user is told of a VM entry with `vmcs12` that fails so.
+    pub fn report(&self, vmcs12: &Vmcs12) -> Report {
+        let mut report = Report::default();
+        report.msr_loading(vmcs12, self.entry, self.to_string(), self.rule.expected());
+        report
+    }
+}
+
 /// Puts L2's state and the merged controls into `vmcs02`, then loads the MSR list.
 ///
 /// `vmcs01` holds L1's state at the VMX instruction.
 ///
 /// # Errors
-/// [`FailedEntry`] when an MSR can't be loaded (§27.4). `vmcs02` then has L2's state, and
+/// [`MsrLoadFailure`] when an MSR can't be loaded (§27.4). `vmcs02` then has L2's state, and
 /// MSRs before the failing one are loaded, as on a processor.
 pub fn enter(
     vmcs02: &mut EngineVmcs,
@@ -52,13 +125,13 @@ pub fn enter(
     regs: &mut GuestRegs,
     l1: &dyn L1Physical,
     msrs: &mut dyn Msrs,
-) -> Result<(), FailedEntry> {
+) -> Result<(), MsrLoadFailure> {
     let timer = merged.preemption_timer;
     vmcs02.controls = merged.controls;
     vmcs02.guest = guest_state(vmcs12, &vmcs01.guest, l1);
     set_timer(vmcs02, timer, None);
-    load_msrs(vmcs12, &mut vmcs02.guest, regs, l1, msrs)?;
-    Ok(())
+    let list = (vmcs12.get(Field::EntryMsrLoadAddress), vmcs12.get32(Field::EntryMsrLoadCount));
+    load_msrs(list, &mut vmcs02.guest, regs, l1, msrs)
 }
 
 /// L2's state as VM entry loads it from VMCS12 (§27.3.2), on a processor whose state is
@@ -187,35 +260,34 @@ pub(crate) fn msr_entry_data(list: u64, number: u32) -> L1Gpa {
 /// The MSR that a load entry names, if the list may hold it (§27.4, §28.6): not FS_BASE and
 /// GS_BASE, not an x2APIC register in x2APIC mode, none that only SMM or microcode loading may
 /// write, and bits 63:32 clear.
-pub(crate) fn loadable_msr(word: u64, x2apic: bool) -> Option<u32> {
-    let index = u32::try_from(word).ok()?;
-    let refused = match index {
-        msr::FS_BASE | msr::GS_BASE => true,
-        msr::IA32_SMM_MONITOR_CTL => true,
-        msr::IA32_BIOS_UPDT_TRIG | msr::IA32_BIOS_SIGN_ID => true,
-        0x800..=0x8ff => x2apic,
-        _ => false,
-    };
-    (!refused).then_some(index)
+fn loadable_msr(word: u64, x2apic: bool) -> Result<u32, MsrRule> {
+    let index = u32::try_from(word).map_err(|_| MsrRule::Reserved)?;
+    match index {
+        msr::FS_BASE | msr::GS_BASE => Err(MsrRule::SegmentBase),
+        msr::IA32_SMM_MONITOR_CTL => Err(MsrRule::Smm),
+        msr::IA32_BIOS_UPDT_TRIG | msr::IA32_BIOS_SIGN_ID => Err(MsrRule::Microcode),
+        0x800..=0x8ff if x2apic => Err(MsrRule::X2apic),
+        _ => Ok(index),
+    }
 }
 
-/// VM-entry MSR loading (§27.4), in order of the list.
-fn load_msrs(
-    vmcs12: &Vmcs12,
+/// Loads MSRs at a VM entry (§27.4) or exit (§28.6), in order of `list`, which is its address and its length.
+pub(crate) fn load_msrs(
+    list: (u64, u32),
     guest: &mut GuestState,
     regs: &mut GuestRegs,
     l1: &dyn L1Physical,
     msrs: &mut dyn Msrs,
-) -> Result<(), FailedEntry> {
-    let list = vmcs12.get(Field::EntryMsrLoadAddress);
-    for number in 0..vmcs12.get32(Field::EntryMsrLoadCount) {
-        let failed = FailedEntry { reason: ExitReason::MsrLoading, qualification: u64::from(number) + 1 };
-        if number >= MSR_LIST_MAX {
-            return Err(failed);
-        }
+) -> Result<(), MsrLoadFailure> {
+    let (list, count) = list;
+    for number in 0..count {
         let (word, value) = msr_entry(l1, list, number);
-        let index = loadable_msr(word, msrs.x2apic()).ok_or(failed)?;
-        msrs.write_msr(guest, regs, index, value).map_err(|_| failed)?;
+        let failed = |rule| MsrLoadFailure { entry: number + 1, word, value, rule };
+        if number >= MSR_LIST_MAX {
+            return Err(failed(MsrRule::Length));
+        }
+        let index = loadable_msr(word, msrs.x2apic()).map_err(failed)?;
+        msrs.write_msr(guest, regs, index, value).map_err(|_| failed(MsrRule::Refused))?;
     }
     Ok(())
 }

@@ -85,6 +85,27 @@ instruction_errors! {
 }
 
 impl InstructionError {
+    /// Why it can't occur with what L1 is offered; `None` if it can.
+    pub const fn never(self) -> Option<&'static str> {
+        match self {
+            Self::VmresumeAfterVmxoff => {
+                Some("the launch state is in the VMCS region, where VMXOFF leaves it")
+            }
+            Self::ReadOnlyComponent => {
+                Some("IA32_VMX_MISC bit 29 is 1: VM-exit information fields can be written")
+            }
+            Self::InvalidExecutivePointer
+            | Self::NonLaunchedExecutive
+            | Self::ExecutiveNotVmxonPointer
+            | Self::VmcallNonClear
+            | Self::VmcallInvalidExitControls
+            | Self::VmcallWrongMsegRevision
+            | Self::VmxoffDualMonitor
+            | Self::VmcallInvalidSmmFeatures
+            | Self::InvalidExecutiveControls => Some("there is no dual-monitor treatment of SMM"),
+            _ => None,
+        }
+    }
     /// Its number.
     pub const fn number(self) -> u32 {
         self as u32

@@ -16,7 +16,7 @@ use x86_spec::reg::{cr0, cr4, dr, efer, rflags};
 use x86_spec::segment::{AccessRights, seg};
 
 use crate::capabilities::Capabilities;
-use crate::enter::{self, CR0_KEPT, FailedEntry, MSR_LIST_MAX};
+use crate::enter::{self, CR0_KEPT, FailedEntry, MSR_LIST_MAX, MsrLoadFailure};
 use crate::fields::{Field, GUEST_PDPTES};
 use crate::merge::bitmaps::secondary12;
 use crate::merge::tsc::Timer12;
@@ -44,11 +44,8 @@ pub enum Abort {
         cr3: u64,
     } = 2,
     /// A host MSR could not be loaded.
-    #[error("VMX abort 4: loading host MSRs failed at entry {entry} of the VM-exit MSR-load list")]
-    LoadHostMsrs {
-        /// Entry, counted from 1.
-        entry: u32,
-    } = 4,
+    #[error("VMX abort 4: loading host MSRs failed: {0}")]
+    LoadHostMsrs(MsrLoadFailure) = 4,
     /// L2 was in IA-32e mode, and "host address-space size" is 0.
     #[error("VMX abort 6: the guest was in IA-32e mode and \"host address-space size\" is 0")]
     HostAddressSpace = 6,
@@ -60,7 +57,7 @@ impl Abort {
         match self {
             Self::SaveGuestMsrs { .. } => 1,
             Self::HostPdptes { .. } => 2,
-            Self::LoadHostMsrs { .. } => 4,
+            Self::LoadHostMsrs(_) => 4,
             Self::HostAddressSpace => 6,
         }
     }
@@ -454,23 +451,17 @@ pub(crate) fn valid_pdpte(entry: u64, physical_bits: u8) -> bool {
 
 /// VM-exit MSR-load list (§28.6).
 fn load_msrs(parts: &mut Parts<'_>) -> Result<(), Abort> {
-    let list = parts.vmcs12.get(Field::ExitMsrLoadAddress);
-    for number in 0..parts.vmcs12.get32(Field::ExitMsrLoadCount) {
-        let failed = Abort::LoadHostMsrs { entry: number + 1 };
-        if number >= MSR_LIST_MAX {
-            return Err(failed);
-        }
-        let (word, value) = enter::msr_entry(parts.l1, list, number);
-        let index = enter::loadable_msr(word, parts.msrs.x2apic()).ok_or(failed)?;
-        let guest = &mut parts.vmcs01.guest;
-        parts.msrs.write_msr(guest, parts.regs, index, value).map_err(|_| failed)?;
-    }
-    Ok(())
+    let v = &parts.vmcs12;
+    let list = (v.get(Field::ExitMsrLoadAddress), v.get32(Field::ExitMsrLoadCount));
+    enter::load_msrs(list, &mut parts.vmcs01.guest, parts.regs, parts.l1, parts.msrs)
+        .map_err(Abort::LoadHostMsrs)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checks::Answer;
+    use crate::enter::MsrRule;
     use crate::merge::Merged;
     use crate::merge::tests::machine;
     use crate::physical::MsrFault;
@@ -588,7 +579,7 @@ mod tests {
                 L1Physical::write(&self.ram, L1Gpa(at + 8 * i as u64), &w.to_le_bytes());
             }
         }
-        fn enter(&mut self) -> Result<(), FailedEntry> {
+        fn enter(&mut self) -> Result<(), MsrLoadFailure> {
             let merged = Merged {
                 controls: engine::Controls::default(),
                 preemption_timer: None,
@@ -751,8 +742,10 @@ mod tests {
         assert_eq!(fails(STORE + 16, 0x9999), Abort::SaveGuestMsrs { entry: 2 });
         assert_eq!(fails(STORE, 1 << 32 | 0x11), Abort::SaveGuestMsrs { entry: 1 });
         assert_eq!(fails(STORE, 0x808), Abort::SaveGuestMsrs { entry: 1 });
-        assert_eq!(fails(LOAD, 0x808), Abort::LoadHostMsrs { entry: 1 });
-        assert_eq!(fails(LOAD, msr::FS_BASE.into()), Abort::LoadHostMsrs { entry: 1 });
+        for (word, rule) in [(0x808, MsrRule::X2apic), (msr::FS_BASE.into(), MsrRule::SegmentBase)] {
+            let Abort::LoadHostMsrs(failure) = fails(LOAD, word) else { panic!("another abort") };
+            assert_eq!((failure.entry, failure.word, failure.rule), (1, word, rule));
+        }
         assert_eq!(fails(LOAD, 1 << 32 | 0x12).indicator(), 4);
     }
 
@@ -820,17 +813,28 @@ mod tests {
         b.put(ENTRY, &[0x10, 1, 0x11, 2]);
         assert_eq!(b.enter(), Ok(()));
         assert_eq!((b.msrs.own.get(&0x10), b.msrs.own.get(&0x11)), (Some(&1), Some(&2)));
-        let mut fails = |number: u64, word: u64| {
+        let mut fails = |number: u64, word: u64, rule: MsrRule| {
             b.put(ENTRY, &[0x10, 1, 0x11, 2]);
             b.put(ENTRY + (number - 1) * 16, &[word]);
-            let e = b.enter().unwrap_err();
-            assert_eq!(e, FailedEntry { reason: ExitReason::MsrLoading, qualification: number });
+            let failure = b.enter().unwrap_err();
+            assert_eq!(failure, MsrLoadFailure { entry: number as u32, word, value: number, rule });
+            let failed = FailedEntry::from(failure);
+            assert_eq!(failed, FailedEntry { reason: ExitReason::MsrLoading, qualification: number });
+            // The user is told index, value and rule; the architecture's answer is the number.
+            let report = failure.report(&b.vmcs12);
+            let answer = Answer::FailEntry { reason: ExitReason::MsrLoading, qualification: number };
+            assert_eq!(report.architectural(), answer);
+            let text = report.to_string();
+            for part in [format!("{word:#x}"), format!("value {number:#x}"), rule.to_string()] {
+                assert!(text.contains(&part), "{part:?} in {text}");
+            }
         };
-        fails(1, msr::FS_BASE.into());
-        fails(2, msr::GS_BASE.into());
-        fails(2, msr::IA32_SMM_MONITOR_CTL.into());
-        fails(1, 1 << 40 | 0x10);
-        fails(2, 0x9999);
+        fails(1, msr::FS_BASE.into(), MsrRule::SegmentBase);
+        fails(2, msr::GS_BASE.into(), MsrRule::SegmentBase);
+        fails(2, msr::IA32_SMM_MONITOR_CTL.into(), MsrRule::Smm);
+        fails(2, msr::IA32_BIOS_UPDT_TRIG.into(), MsrRule::Microcode);
+        fails(1, 1 << 40 | 0x10, MsrRule::Reserved);
+        fails(2, 0x9999, MsrRule::Refused);
     }
 
     /// §27.3.2.1.

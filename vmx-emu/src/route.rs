@@ -15,7 +15,7 @@ use x86_spec::interruption::EventType;
 use x86_spec::reg::{cr0, efer, gpr};
 use x86_spec::segment::seg;
 
-use crate::capabilities::VMFUNC_EPTP_SWITCHING;
+use crate::capabilities::{CONTROL_FIELDS, Needs, VMFUNC_EPTP_SWITCHING};
 use crate::fields::{CR3_TARGETS, Field};
 use crate::merge::PageFaultFilter;
 use crate::merge::bitmaps::{io_exits, msr_exits, primary12, secondary12};
@@ -99,18 +99,179 @@ impl Context<'_> {
 
 type Decide = fn(&VmExit, &Context<'_>) -> Route;
 
+/// What would have to be offered to L1 for an exit to occur.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// A control: its field, as an index of [`CONTROL_FIELDS`], and its bit.
+    Control(usize, u32),
+    /// Any of the bits `mask` in a register (EAX to EDX are 0 to 3) of a leaf of CPUID.
+    Cpuid {
+        /// Leaf.
+        leaf: u32,
+        /// Subleaf.
+        subleaf: u32,
+        /// Register.
+        register: usize,
+        /// Bits.
+        mask: u32,
+    },
+}
+
+/// When L1 gets an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Whatever VMCS12's controls say.
+    Unconditional,
+    /// As these controls of VMCS12 say, or what goes with them: (field, bit) as in [`Offer::Control`].
+    Controls(&'static [(usize, u32)]),
+    /// Not with what L1 is offered.
+    Never {
+        /// Why not.
+        why: &'static str,
+        /// What is not offered, and would change that.
+        unless: &'static [Offer],
+    },
+}
+
 /// A rule of the table.
 pub struct Rule {
     /// The basic exit reason.
     pub reason: R,
     /// Where the SDM says when the exit occurs.
     pub section: &'static str,
+    /// When L1 gets the exit.
+    pub cause: Cause,
     decide: Decide,
 }
 
 const fn rule(reason: R, section: &'static str, decide: Decide) -> Rule {
-    Rule { reason, section, decide }
+    Rule { reason, section, cause: cause(reason), decide }
 }
+
+/// When L1 gets an exit with this reason (SDM Vol. 3C §26.1–26.5).
+const fn cause(reason: R) -> Cause {
+    const PIN: usize = 0;
+    const PRIMARY: usize = 1;
+    const SECONDARY: usize = 2;
+    const ENTRY: usize = 4;
+    const SMM: &[Offer] = &[Offer::Control(ENTRY, 10), Offer::Control(ENTRY, 11)];
+    const WAIT: &[Offer] =
+        &[Offer::Control(SECONDARY, 26), Offer::Cpuid { leaf: 7, subleaf: 0, register: 2, mask: 1 << 5 }];
+    let controls: &[(usize, u32)] = match reason {
+        R::IoSmi | R::OtherSmi | R::Rsm => {
+            return Cause::Never { why: "there is no SMM", unless: SMM };
+        }
+        R::Getsec => {
+            let smx = &[Offer::Cpuid { leaf: 1, subleaf: 0, register: 2, mask: 1 << 6 }];
+            return Cause::Never { why: "SMX is not offered: GETSEC is #UD", unless: smx };
+        }
+        R::MachineCheckOnEntry => {
+            return Cause::Never { why: "L1's machine has no machine checks", unless: &[] };
+        }
+        R::Encls => {
+            let encls = &[Offer::Control(SECONDARY, 15)];
+            return Cause::Never { why: "ENCLS exiting is not offered", unless: encls };
+        }
+        R::Xsaves | R::Xrstors => {
+            let components = &[Offer::Cpuid { leaf: 0xd, subleaf: 1, register: 2, mask: u32::MAX }];
+            let why = "CPUID shows no supervisor state components, so IA32_XSS is 0";
+            return Cause::Never { why, unless: components };
+        }
+        R::Umwait | R::Tpause => {
+            return Cause::Never { why: "user wait and pause is not offered", unless: WAIT };
+        }
+        R::ExceptionOrNmi => &[(PIN, 3)],
+        R::ExternalInterrupt => &[(PIN, 0)],
+        R::InterruptWindow => &[(PRIMARY, 2)],
+        R::NmiWindow => &[(PRIMARY, 22)],
+        R::Hlt => &[(PRIMARY, 7)],
+        R::Invlpg => &[(PRIMARY, 9)],
+        R::Rdpmc => &[(PRIMARY, 11)],
+        R::Rdtsc | R::Rdtscp => &[(PRIMARY, 12)],
+        R::Vmread | R::Vmwrite => &[(SECONDARY, 14)],
+        R::CrAccess => &[(PRIMARY, 15), (PRIMARY, 16), (PRIMARY, 19), (PRIMARY, 20)],
+        R::MovDr => &[(PRIMARY, 23)],
+        R::IoInstruction => &[(PRIMARY, 24), (PRIMARY, 25)],
+        R::Rdmsr | R::Wrmsr => &[(PRIMARY, 28)],
+        R::Mwait => &[(PRIMARY, 10)],
+        R::MonitorTrapFlag => &[(PRIMARY, 27)],
+        R::Monitor => &[(PRIMARY, 29)],
+        R::Pause => &[(PRIMARY, 30), (SECONDARY, 10)],
+        R::TprBelowThreshold => &[(PRIMARY, 21)],
+        R::ApicAccess => &[(SECONDARY, 0)],
+        R::VirtualizedEoi => &[(SECONDARY, 9)],
+        R::GdtrIdtrAccess | R::LdtrTrAccess => &[(SECONDARY, 2)],
+        R::EptViolation | R::EptMisconfiguration => &[(SECONDARY, 1)],
+        R::PreemptionTimer => &[(PIN, 6)],
+        R::Wbinvd => &[(SECONDARY, 6)],
+        R::ApicWrite => &[(SECONDARY, 8)],
+        R::Rdrand => &[(SECONDARY, 11)],
+        R::Invpcid => &[(PRIMARY, 9)],
+        R::Vmfunc => &[(SECONDARY, 13)],
+        R::Rdseed => &[(SECONDARY, 16)],
+        R::PmlFull => &[(SECONDARY, 17)],
+        R::TripleFault
+        | R::Init
+        | R::Sipi
+        | R::TaskSwitch
+        | R::Cpuid
+        | R::Invd
+        | R::Vmcall
+        | R::Vmclear
+        | R::Vmlaunch
+        | R::Vmptrld
+        | R::Vmptrst
+        | R::Vmresume
+        | R::Vmxoff
+        | R::Vmxon
+        | R::InvalidGuestState
+        | R::MsrLoading
+        | R::Invept
+        | R::Invvpid
+        | R::Xsetbv => return Cause::Unconditional,
+    };
+    Cause::Controls(controls)
+}
+
+/// Whether L0 can offer a control at all.
+const fn implemented(field: usize, bit: u32) -> bool {
+    let table = CONTROL_FIELDS[field].1;
+    let mut i = 0;
+    while i < table.len() {
+        if table[i].bit == bit {
+            return !matches!(table[i].needs, Needs::Unavailable);
+        }
+        i += 1;
+    }
+    panic!("no such control");
+}
+
+// An exit is not said to be impossible when a control that causes it is offered, and the controls
+// that are said to cause one are.
+const _: () = {
+    let mut i = 0;
+    while i < TABLE.len() {
+        let mut k = 0;
+        match TABLE[i].cause {
+            Cause::Unconditional => {}
+            Cause::Controls(controls) => {
+                while k < controls.len() {
+                    assert!(implemented(controls[k].0, controls[k].1), "not offered, but causes an exit");
+                    k += 1;
+                }
+            }
+            Cause::Never { unless, .. } => {
+                while k < unless.len() {
+                    if let Offer::Control(field, bit) = unless[k] {
+                        assert!(!implemented(field, bit), "a control is offered whose exit never occurs");
+                    }
+                    k += 1;
+                }
+            }
+        }
+        i += 1;
+    }
+};
 
 /// The rules, in order of exit reason. Sections are of SDM Vol. 3C.
 pub const TABLE: &[Rule] = &[

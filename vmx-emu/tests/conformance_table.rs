@@ -16,7 +16,7 @@ use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use memory::{L1Gpa, MachineAddr, MachineMemory};
 use vmx_emu::capabilities::{CONTROL_FIELDS, Control, L1Cpu, Needs};
 use vmx_emu::checks::{self, Area, CHECKS, GuestCause, MsrBits, ReadPhysical};
-use vmx_emu::route::{self, Owner};
+use vmx_emu::route::{self, Cause, Owner};
 use vmx_emu::{Capabilities, Field, InstructionError, L1Physical, Vmcs12};
 use x86_spec::caps::{AllowedControls, VmxCapabilities};
 use x86_spec::controls::{PinbasedControls, PrimaryControls, SecondaryControls};
@@ -58,7 +58,7 @@ const PLACES: &[Place] = places! {
     1 3 SYSTEM "misc.rs" "USE_TSC_OFFSETTING" "L1's offset is added to L0's (`vmx-emu/src/merge/tsc.rs`)";
     1 7 SYSTEM "flags.rs" "HLT_EXITING" "where L1 does not ask for it, L0 waits on L2's behalf";
     1 9 SYSTEM "misc.rs" "INVLPG_EXITING" "";
-    1 10 SYSTEM "misc.rs" "MWAIT_EXITING" "without it MWAIT is #UD: L1's CPUID has no MONITOR";
+    1 10 SYSTEM "misc.rs" "MWAIT_EXITING" "where L1 does not ask for it, L0 waits on L2's behalf";
     1 11 SYSTEM "misc.rs" "RDPMC_EXITING" "without it the engine reads L1's counters";
     1 12 SYSTEM "misc.rs" "RDTSC_EXITING" "RDTSCP too";
     1 15 SYSTEM "control.rs" "CR3_LOAD_EXITING" "with four CR3-target values";
@@ -72,7 +72,7 @@ const PLACES: &[Place] = places! {
     1 25 "vmx-emu/src/merge" "bitmaps.rs" "USE_IO_BITMAPS" "every port exits to L0, which looks into L1's bitmaps";
     1 27 SYSTEM "pending.rs" "MONITOR_TRAP_FLAG" "";
     1 28 "vmx-emu/src/merge" "bitmaps.rs" "combine_msr" "VMCS02's bitmap has the bits that L0 or L1 sets";
-    1 29 SYSTEM "misc.rs" "MONITOR_EXITING" "as for MWAIT";
+    1 29 SYSTEM "misc.rs" "MONITOR_EXITING" "also where IA32_MISC_ENABLE disables it";
     1 30 SYSTEM "misc.rs" "PAUSE_EXITING" "";
     1 31 SYSTEM "mod.rs" "SECONDARY_CONTROLS" "";
     2 0 SYSTEM "virtual_apic.rs" "VIRTUALIZE_APIC" "the APIC-access page need not be RAM";
@@ -228,7 +228,7 @@ fn page() -> String {
     misc(&mut out, &caps);
     msrs(&mut out, &caps);
     fields(&mut out, &caps);
-    instructions(&mut out);
+    instructions(&mut out, &caps);
     entry_checks(&mut out);
     exits(&mut out);
     out
@@ -364,7 +364,7 @@ fn errors_in(path: &str) -> Vec<InstructionError> {
     InstructionError::ALL.iter().filter(named).copied().collect()
 }
 
-fn instructions(out: &mut String) {
+fn instructions(out: &mut String, caps: &Capabilities) {
     out.push_str(
         "\n## Instructions\n\n#UD, #GP(0), #SS(0) and #PF come as each instruction's page in the SDM has them.\n\n",
     );
@@ -380,13 +380,16 @@ fn instructions(out: &mut String) {
     raised.extend(errors_in("vmx-emu/src/checks/report.rs"));
     out.push_str("\n### VM-instruction errors\n\n| Number | Meaning | Can occur |\n|---|---|---|\n");
     for e in InstructionError::ALL {
-        let yes = if raised.contains(e) { "yes" } else { "no" };
-        writeln!(out, "| {} | {} | {yes} |", e.number(), e.description()).unwrap();
+        let can = match e.never() {
+            Some(why) => format!("no: {why}"),
+            None => "yes".into(),
+        };
+        // Read-only fields are for engines of other capabilities, and the code has their rule.
+        let rule = e.never().is_none() || *e == InstructionError::ReadOnlyComponent;
+        assert_eq!(raised.contains(e), rule, "{e:?}");
+        writeln!(out, "| {} | {} | {can} |", e.number(), e.description()).unwrap();
     }
-    out.push_str(
-        "\nError 6 does not occur because the launch state is in the VMCS region, where VMXOFF leaves it. Those \
-         from 16 on\nthat can't occur belong to the dual-monitor treatment of SMM, which is not offered.\n",
-    );
+    assert_ne!(caps.misc & 1 << 29, 0, "error 13 can occur");
 }
 
 fn answer(area: Area) -> &'static str {
@@ -532,6 +535,11 @@ fn exits(out: &mut String) {
          gets it | L0 keeps it |\n|---|---|---|---|---|\n",
     );
     for rule in route::TABLE {
+        if let Cause::Never { why, .. } = rule.cause {
+            let (number, name) = (rule.reason as u16, rule.reason.name());
+            writeln!(out, "| {number} | {name} | {} | does not occur | {why} |", rule.section).unwrap();
+            continue;
+        }
         let found = routes(rule.reason);
         let column = |owner: Owner| {
             let whys: Vec<&str> = found.iter().filter(|r| r.owner == owner).map(|r| r.why).collect();

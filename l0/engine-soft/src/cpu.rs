@@ -150,6 +150,8 @@ pub struct Cpu {
     pub efer: u64,
     /// XCR0.
     pub xcr0: u64,
+    /// Address-range monitoring, while it is armed.
+    pub monitor: Option<engine::Monitor>,
     /// PDPTEs of PAE paging.
     pub pdptes: [u64; 4],
     /// DR0–DR3.

@@ -172,6 +172,7 @@ impl Cpu {
             cr4: 0,
             cr8: 0,
             efer: 0,
+            monitor: None,
             xcr0: regs.xcr0,
             pdptes: [0; 4],
             dr: [0; 4],

@@ -689,6 +689,18 @@ impl Cpu {
         self.direct_slow(linear, len, access)
     }
 
+    /// Where a byte that was just read is, if that is memory.
+    ///
+    /// # Errors
+    /// As the read.
+    pub fn data_address(&mut self, linear: u64) -> Exec<Option<MachineAddr>> {
+        let how = How { access: Access::Read, mode: self.ctx & 3 };
+        Ok(match self.target(how, linear)? {
+            Target::Memory(p) => Some(MachineAddr(p as u64 - self.mmu.mem_base)),
+            Target::Bus(_) | Target::Apic => None,
+        })
+    }
+
     #[cold]
     #[inline(never)]
     fn direct_slow(&mut self, linear: u64, len: u32, access: Access) -> Exec<Option<*mut u8>> {
@@ -789,6 +801,13 @@ impl Cpu {
                 Ok(())
             }
         }
+    }
+
+    /// Whether there is an exit bus, and this address is on it.
+    fn bus_has(&mut self, access: Access, gpa: u64) -> bool {
+        let Some(bus) = self.bus else { return false };
+        // SAFETY: as in `bus_access`.
+        unsafe { &mut *bus }.is_device(Gpa(gpa), access == Access::Write)
     }
 
     /// Splits an access into naturally sized pieces on the exit bus.
@@ -1211,7 +1230,7 @@ impl Cpu {
                 }
                 Ok(Ok(Translation { machine, flags: f }))
             }
-            Err(miss) if miss.violation && self.bus.is_some() && how.access != Access::Fetch => {
+            Err(miss) if miss.violation && how.access != Access::Fetch && self.bus_has(how.access, gpa) => {
                 Ok(Err(Target::Bus(gpa)))
             }
             Err(mut miss) => {

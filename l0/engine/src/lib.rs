@@ -16,7 +16,7 @@ mod vmcs;
 pub use exit::{EntryFailure, VmExit};
 pub use pmu::Pmu;
 pub use posted::post_interrupts;
-pub use regs::{FpuState, FxArea, GuestRegs, Msrs, VectorRegister};
+pub use regs::{FpuState, FxArea, GuestRegs, MONITOR_LINE, Monitor, Msrs, VectorRegister};
 pub use vmcs::{
     Activity, Controls, DescriptorTable, EngineVmcs, GuestState, Segment, interruptibility, pending_debug,
 };
@@ -116,6 +116,12 @@ pub trait Kick: Send + Sync {
 /// Ports and guest-physical addresses that are not memory, for [`Vcpu::emulate`].
 /// `size` is 1, 2, 4 or (memory only) 8 bytes; results are zero-extended.
 pub trait ExitBus {
+    /// Whether an unmapped guest-physical address is on the bus, for a read or a write; if not, the access exits as in
+    /// [`Vcpu::enter`].
+    fn is_device(&mut self, gpa: Gpa, write: bool) -> bool {
+        let _ = (gpa, write);
+        true
+    }
     /// A read of guest-physical memory that no EPT entry maps.
     fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64;
     /// A write to guest-physical memory that no EPT entry maps for writing.

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use memory::{MachineAddr, MachineMemory};
+
 use crate::pmu::Pmu;
 
 /// A 512-byte image in FXSAVE64 format, of which only the x87 part is used.
@@ -65,6 +67,36 @@ pub struct Msrs {
     pub xss: u64,
 }
 
+/// Size in bytes of the line that MONITOR watches (CPUID leaf 5).
+pub const MONITOR_LINE: usize = 64;
+
+/// Address-range monitoring as MONITOR armed it (SDM Vol. 2B, MONITOR).
+///
+/// A store to the line shows by what is in it then: one that writes what was there before goes
+/// unnoticed, which is as if it had come before MONITOR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Monitor {
+    /// The line.
+    pub line: MachineAddr,
+    /// What was in it when it was armed.
+    pub content: [u8; MONITOR_LINE],
+}
+
+impl Monitor {
+    /// Watches the line around `at`; `None` outside memory.
+    pub fn arm(memory: &MachineMemory, at: MachineAddr) -> Option<Self> {
+        let line = MachineAddr(at.0 & !(MONITOR_LINE as u64 - 1));
+        let mut content = [0; MONITOR_LINE];
+        memory.read(line, &mut content).ok()?;
+        Some(Self { line, content })
+    }
+
+    /// Whether something else is in the line now.
+    pub fn is_triggered(&self, memory: &MachineMemory) -> bool {
+        Self::arm(memory, self.line) != Some(*self)
+    }
+}
+
 /// Registers that stay in the processor across entries and exits.
 #[derive(Clone, Debug, Default)]
 #[repr(C)]
@@ -81,6 +113,9 @@ pub struct GuestRegs {
     pub dr6: u64,
     /// XCR0.
     pub xcr0: u64,
+    /// Address-range monitoring, while it is armed. VM entries and exits clear it (SDM Vol. 3C §27.5, §28.5.6): L0 does,
+    /// where they are L1's.
+    pub monitor: Option<Monitor>,
     /// MSRs.
     pub msrs: Msrs,
     /// x87 and vector state.

@@ -58,6 +58,27 @@ impl ExitBus for CpuBus<'_> {
     }
 }
 
+/// The same without RAM: accesses to that exit.
+pub(crate) struct DeviceBus<'a>(pub CpuBus<'a>);
+
+impl ExitBus for DeviceBus<'_> {
+    fn is_device(&mut self, gpa: Gpa, _: bool) -> bool {
+        self.0.ram.translate(L1Gpa(gpa.0)).is_none()
+    }
+    fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
+        self.0.mmio_read(gpa, size)
+    }
+    fn mmio_write(&mut self, gpa: Gpa, size: u8, value: u64) {
+        self.0.mmio_write(gpa, size, value);
+    }
+    fn pio_read(&mut self, port: u16, size: u8) -> u32 {
+        self.0.pio_read(port, size)
+    }
+    fn pio_write(&mut self, port: u16, size: u8, value: u32) {
+        self.0.pio_write(port, size, value);
+    }
+}
+
 impl Board for machine::Pc {
     fn pio_read(&self, port: u16, size: u8) -> u32 {
         self.pio_read(port, size)

@@ -3,8 +3,9 @@
 //! An Intel server processor of family 6, model 8FH. Feature bits are exactly those that
 //! the engine executes, plus those that L0 itself implements (local APIC, MTRRs, TSC
 //! deadline and adjustment, ARCH_CAPABILITIES and the speculation MSRs), minus those that
-//! need something which L0 withholds (VMX, MONITOR). Performance counters are shown where the engine
+//! need something which L0 withholds (VMX). Performance counters are shown where the engine
 //! has those that L0 has registers for.
+//! MONITOR is offered where the engine has the exits that L0 needs for it ([`CpuidModel::with_monitor`]).
 //!
 //! The HYPERVISOR bit (01H:ECX\[31\]) is set, but there is no hypervisor leaf (40000000H
 //! and up read as zero): without the bit, Linux takes the processor for bare metal and goes
@@ -29,7 +30,7 @@ const MAX_EXTENDED: u32 = 0x8000_0008;
 
 /// 01H:ECX: x2APIC (21), TSC deadline (24), HYPERVISOR (31).
 const L0_LEAF1_ECX: u32 = 1 << 21 | 1 << 24 | 1 << 31;
-/// 01H:ECX that L0 withholds: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR,
+/// 01H:ECX that L0 withholds unless it is asked to show it: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR,
 /// PDCM, DCA.
 const WITHHELD_LEAF1_ECX: u32 = 0b1101_1111_1100 | 1 << 14 | 1 << 15 | 1 << 18;
 /// 01H:ECX: PDCM, IA32_PERF_CAPABILITIES; a bit number.
@@ -40,6 +41,11 @@ const LEAF1_ECX_VMX: u32 = 1 << 5;
 const L0_LEAF1_EDX: u32 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 12 | 1 << 14 | 1 << 16;
 /// 01H:EDX that L0 withholds: PSN, DS, ACPI, HTT (set by the number of CPUs), TM, PBE.
 const WITHHELD_LEAF1_EDX: u32 = 1 << 18 | 1 << 21 | 1 << 22 | 1 << 28 | 1 << 29 | 1 << 31;
+/// 01H:ECX: MONITOR.
+const LEAF1_ECX_MONITOR: u32 = 1 << 3;
+/// 05H: lines of 64 bytes, smallest and largest; extensions are enumerated (0), masked interrupts can end MWAIT
+/// (1); C1 has one sub-state (EDX bits 7:4).
+const LEAF5: [u32; 4] = [64, 64, 0b11, 0x10];
 /// 07H:EBX: IA32_TSC_ADJUST (1).
 const L0_LEAF7_EBX: u32 = 1 << 1;
 /// 07H:EBX that L0 withholds: SGX, HLE, RDT-M, RTM, MPX, RDT-A, Processor Trace.
@@ -75,6 +81,8 @@ pub struct CpuidState {
     pub apic_id: u32,
     /// L1 has not asked yet for the invariant TSC, as Hyper-V wants it to.
     pub hides_invariant_tsc: bool,
+    /// IA32_MISC_ENABLE bit 18, without which MONITOR is not shown.
+    pub monitor: bool,
 }
 
 /// The relation between TSC and core crystal clock (CPUID leaf 15H).
@@ -207,6 +215,20 @@ impl CpuidModel {
         self.performance_counters
     }
 
+    /// Shows MONITOR and MWAIT, if the engine supports them.
+    #[must_use]
+    pub fn with_monitor(mut self, supported: bool) -> Self {
+        if supported {
+            self.leaf1[2] |= LEAF1_ECX_MONITOR;
+        }
+        self
+    }
+
+    /// Whether MONITOR and MWAIT are offered.
+    pub fn has_monitor(&self) -> bool {
+        self.leaf1[2] & LEAF1_ECX_MONITOR != 0
+    }
+
     /// Leaf 7, subleaf 0, without the bits that reflect guest state.
     pub fn leaf7(&self) -> [u32; 4] {
         self.leaf7[0]
@@ -231,7 +253,13 @@ impl CpuidModel {
 
     /// The whole table for the processor with `apic_id`, for engines that execute CPUID without an exit.
     pub fn entries(&self, apic_id: u32) -> Vec<CpuidEntry> {
-        let state = CpuidState { xcr0: xcr0::X87, apic_enabled: true, apic_id, ..CpuidState::default() };
+        let state = CpuidState {
+            xcr0: xcr0::X87,
+            apic_enabled: true,
+            apic_id,
+            monitor: true,
+            ..CpuidState::default()
+        };
         let leaves = (0..=MAX_BASIC).chain(0x8000_0000..=MAX_EXTENDED);
         leaves
             .flat_map(|leaf| {
@@ -269,6 +297,7 @@ impl CpuidModel {
             // Descriptors: use leaf 4 (FFH), 64-byte prefetch (F0H).
             2 => [0x00f0_ff01, 0, 0, 0],
             4 => self.cache(subleaf),
+            5 if self.has_monitor() => LEAF5,
             6 => [L0_LEAF6_EAX, 0, 0, 0],
             7 => {
                 let mut regs = self.leaf7.get(subleaf as usize).copied().unwrap_or_default();
@@ -293,6 +322,9 @@ impl CpuidModel {
         regs[1] = (state.apic_id & 0xff) << 24 | ids << 16 | 8 << 8;
         if state.cr4 & cr4::OSXSAVE != 0 {
             regs[2] |= 1 << 27;
+        }
+        if !state.monitor {
+            regs[2] &= !LEAF1_ECX_MONITOR;
         }
         if !state.apic_enabled {
             // SDM Vol. 3A §11.4.3: a globally disabled APIC is not reported.
@@ -386,8 +418,15 @@ mod tests {
     fn bare() -> CpuidModel {
         CpuidModel::new(|_, _| [0; 4], 2_500_000_000, 1)
     }
-    const ON: CpuidState =
-        CpuidState { cr4: 0, xcr0: 1, xss: 0, apic_enabled: true, apic_id: 0, hides_invariant_tsc: false };
+    const ON: CpuidState = CpuidState {
+        cr4: 0,
+        xcr0: 1,
+        xss: 0,
+        apic_enabled: true,
+        apic_id: 0,
+        hides_invariant_tsc: false,
+        monitor: true,
+    };
 
     #[test]
     fn the_table_has_what_cpuid_gives() {

@@ -82,9 +82,9 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         | R::Vmfunc
         | R::Invept
         | R::Invvpid => l0("L1's VMX is emulated", vmx_instruction),
-        R::Getsec | R::Rsm | R::Mwait | R::Monitor | R::Umwait | R::Tpause | R::Encls => {
-            l0("not offered", invalid_opcode)
-        }
+        R::Mwait => l0("L0 waits on the guest's behalf", mwait),
+        R::Monitor => l0("MONITOR is not offered or not enabled", invalid_opcode),
+        R::Getsec | R::Rsm | R::Umwait | R::Tpause | R::Encls => l0("not offered", invalid_opcode),
         R::InvalidGuestState | R::MsrLoading | R::MachineCheckOnEntry => l0("VMCS01 is L0's", failed_entry),
         R::Init
         | R::Sipi
@@ -191,6 +191,7 @@ fn cpuid<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
             .as_ref()
             .and_then(|n| n.hyperv.as_ref())
             .is_some_and(|h| !h.shows_invariant_tsc()),
+        monitor: cpu.msrs.has_monitor(),
     };
     let (leaf, subleaf) = (cpu.regs.gpr[gpr::RAX] as u32, cpu.regs.gpr[gpr::RCX] as u32);
     let [a, b, c, d] = cpu.vm().cpuid().query(leaf, subleaf, &state);
@@ -204,6 +205,23 @@ fn hlt<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     cpu.skip_instruction(exit);
     // A single step that is due ends the halt before it starts.
     if cpu.vmcs.guest.pending_debug & pending_debug::BS != 0 { Outcome::Resume } else { Outcome::Halt }
+}
+
+/// MWAIT (SDM Vol. 2B): with an armed line it waits; without one it does nothing.
+fn mwait<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
+    if !cpu.msrs.has_monitor() {
+        return invalid_opcode(cpu, exit);
+    }
+    let extensions = cpu.read_gpr(gpr::RCX);
+    if extensions & !1 != 0 {
+        return general_protection(cpu, exit);
+    }
+    cpu.skip_instruction(exit);
+    // A single step that is due ends the wait before it starts.
+    if cpu.vmcs.guest.pending_debug & pending_debug::BS == 0 {
+        cpu.start_mwait(extensions & 1 != 0);
+    }
+    Outcome::Resume
 }
 
 /// SDM Vol. 3C table 28-3.
@@ -253,7 +271,28 @@ fn io_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
         let mask = if size >= 4 { u32::MAX } else { (1 << (8 * u32::from(size))) - 1 };
         cpu.board().pio_write(port, size, rax as u32 & mask);
     }
-    skip(cpu, exit)
+    skip(cpu, exit);
+    let hits = io_breakpoints(&cpu.vmcs.guest, &cpu.regs.dr, port, size);
+    if hits != 0 {
+        cpu.vmcs.guest.pending_debug |= hits | pending_debug::ENABLED_BREAKPOINT;
+    }
+    Outcome::Resume
+}
+
+/// The I/O breakpoints that an access to `size` ports from `port` on meets, as bits of DR6 (SDM Vol. 3B §18.2.4, §18.2.5).
+fn io_breakpoints(guest: &engine::GuestState, dr: &[u64; 4], port: u16, size: u8) -> u64 {
+    if guest.cr4 & x86_spec::reg::cr4::DE == 0 {
+        return 0;
+    }
+    let first = u64::from(port);
+    let meets = |n: usize| {
+        let enabled = guest.dr7 >> (2 * n) & 3 != 0;
+        let condition = guest.dr7 >> (16 + 4 * n) & 3;
+        let length = [1, 2, 8, 4][(guest.dr7 >> (18 + 4 * n) & 3) as usize];
+        let start = dr[n] & !(length - 1);
+        enabled && condition == 2 && start < first + u64::from(size) && first < start.saturating_add(length)
+    };
+    (0..4).filter(|n| meets(*n)).fold(0, |all, n| all | 1 << n)
 }
 
 /// Has the engine execute the instruction with the machine's buses.

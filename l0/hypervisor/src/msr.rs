@@ -41,8 +41,10 @@ const MICROCODE: u64 = 0x2b00_0643 << 32;
 const FEATURE_CONTROL: u64 = 1;
 /// IA32_MISC_ENABLE: fast strings (0); BTS (11) and PEBS (12) unavailable.
 const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
-/// IA32_MISC_ENABLE bits that can be written: fast strings.
+/// IA32_MISC_ENABLE bits that can be written: fast strings; and MONITOR's, where that is offered.
 const MISC_ENABLE_WRITABLE: u64 = 1;
+/// IA32_MISC_ENABLE: enable MONITOR FSM.
+const MISC_ENABLE_MONITOR: u64 = 1 << 18;
 /// IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
 const SPEC_CTRL_DEFINED: u64 = 7 | 1 << 10;
 /// IA32_DEBUGCTL: LBR and BTF.
@@ -125,6 +127,7 @@ pub struct MsrState {
     tsc: Arc<GuestTsc>,
     tsc_adjust: u64,
     misc_enable: u64,
+    offers_monitor: bool,
     mcg_status: u64,
     performance_counters: bool,
     mtrr: Mtrrs,
@@ -138,6 +141,7 @@ impl MsrState {
             tsc,
             tsc_adjust: 0,
             misc_enable: MISC_ENABLE,
+            offers_monitor: false,
             mcg_status: 0,
             performance_counters: false,
             mtrr: Mtrrs::default(),
@@ -163,6 +167,21 @@ impl MsrState {
     /// Bits of IA32_PERF_GLOBAL_CTRL that can be 1.
     pub fn perf_global_ctrl_bits(&self) -> u64 {
         if self.performance_counters { pmu::GLOBAL } else { 0 }
+    }
+
+    /// Offers MONITOR and MWAIT, as IA32_MISC_ENABLE bit 18 then says (SDM Vol. 4, table 2-2).
+    #[must_use]
+    pub fn with_monitor(mut self, on: bool) -> Self {
+        self.offers_monitor = on;
+        if on {
+            self.misc_enable |= MISC_ENABLE_MONITOR;
+        }
+        self
+    }
+
+    /// Whether MONITOR and MWAIT are offered and enabled.
+    pub fn has_monitor(&self) -> bool {
+        self.misc_enable & MISC_ENABLE_MONITOR != 0
     }
 
     /// The TSC.
@@ -244,7 +263,8 @@ impl MsrState {
                 Ok(())
             }
             msr::IA32_MISC_ENABLE => {
-                allow((value ^ self.misc_enable) & !MISC_ENABLE_WRITABLE == 0)?;
+                let monitor = if self.offers_monitor { MISC_ENABLE_MONITOR } else { 0 };
+                allow((value ^ self.misc_enable) & !(MISC_ENABLE_WRITABLE | monitor) == 0)?;
                 self.misc_enable = value;
                 Ok(())
             }
@@ -612,5 +632,18 @@ mod tests {
         let v = r.rd(msr::IA32_MISC_ENABLE).unwrap();
         r.wr(msr::IA32_MISC_ENABLE, v & !1).unwrap();
         assert_eq!(r.wr(msr::IA32_MISC_ENABLE, v | 1 << 18), Err(GpFault));
+    }
+
+    /// SDM Vol. 4, table 2-2: bit 18 is MONITOR's, where there is MONITOR.
+    #[test]
+    fn misc_enable_switches_monitor() {
+        let mut r = Rig::new();
+        assert!(!r.msrs.has_monitor());
+        r.msrs = MsrState::new(GuestTsc::new(|| 1000, 2_500_000_000)).with_monitor(true);
+        let v = r.rd(msr::IA32_MISC_ENABLE).unwrap();
+        assert!(v & 1 << 18 != 0 && r.msrs.has_monitor());
+        r.wr(msr::IA32_MISC_ENABLE, v & !(1 << 18)).unwrap();
+        assert!(!r.msrs.has_monitor());
+        assert_eq!(r.wr(msr::IA32_MISC_ENABLE, v | 1 << 16), Err(GpFault));
     }
 }

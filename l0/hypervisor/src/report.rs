@@ -4,6 +4,7 @@ use std::fmt;
 
 use engine::{GuestRegs, GuestState};
 use exit_trace::{Exit, Level};
+use vmx_emu::reflect::Abort;
 use x86_spec::reg::{efer, gpr};
 use x86_spec::segment::seg;
 
@@ -31,8 +32,8 @@ pub enum CrashCause {
     },
     /// A VM exit to L1 that could not be completed (SDM Vol. 3C §28.7).
     VmxAbort {
-        /// The VMX-abort indicator.
-        indicator: u32,
+        /// What failed.
+        abort: Abort,
     },
     /// An instruction that the engine can't do on device memory.
     UnsupportedDeviceAccess {
@@ -55,9 +56,7 @@ impl fmt::Display for CrashCause {
             Self::TaskSwitch { selector } => {
                 write!(f, "a hardware task switch (to selector {selector:#x}), which is not supported")
             }
-            Self::VmxAbort { indicator } => {
-                write!(f, "a VMX abort with indicator {indicator}: a VM exit could not load L1's state")
-            }
+            Self::VmxAbort { abort } => write!(f, "{abort}"),
             Self::UnsupportedDeviceAccess { gpa } => write!(
                 f,
                 "an instruction that is not supported on device memory, at physical address {gpa:#x}"

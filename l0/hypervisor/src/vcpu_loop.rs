@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::MachineEvent;
-use engine::{Engine, EngineVmcs, GuestRegs, Vcpu, VmExit, interruptibility};
+use engine::{Engine, EngineVmcs, GuestRegs, Monitor, Vcpu, VmExit, interruptibility};
 use exit_trace::Level;
 use machine::boot::BootState;
 use x86_spec::controls::PrimaryControls;
@@ -65,6 +65,18 @@ pub(crate) struct PendingEvent {
     pub instruction_length: u32,
 }
 
+/// How often a waiting MWAIT looks at its line. A store by a device shows at the latest then; what comes with
+/// an interrupt shows at once.
+const MWAIT_LOOK: Duration = Duration::from_millis(10);
+
+/// MWAIT that waits.
+#[derive(Clone, Copy, Debug)]
+struct Mwait {
+    monitor: Monitor,
+    /// ECX bit 0: masked interrupts end it too.
+    masked_interrupts: bool,
+}
+
 /// One vCPU and what L0 keeps for it.
 pub struct VcpuLoop<E: Engine> {
     pub(crate) vcpu: E::Vcpu,
@@ -77,6 +89,8 @@ pub struct VcpuLoop<E: Engine> {
     pub(crate) index: usize,
     pub(crate) event: Option<PendingEvent>,
     pub(crate) halted: bool,
+    /// MWAIT is waiting.
+    mwait: Option<Mwait>,
     /// The devices' next deadline, as long as nothing touched them.
     deadline: Option<Option<u64>>,
     timer_shift: u32,
@@ -121,12 +135,15 @@ impl<E: Engine> VcpuLoop<E> {
             vcpu,
             vmcs,
             regs,
-            msrs: MsrState::new(tsc).with_performance_counters(model.has_performance_counters()),
+            msrs: MsrState::new(tsc)
+                .with_performance_counters(model.has_performance_counters())
+                .with_monitor(model.has_monitor()),
             nested,
             vm,
             index,
             event: None,
             halted: false,
+            mwait: None,
             deadline: None,
             timer_shift,
             tsc_hz,
@@ -174,7 +191,16 @@ impl<E: Engine> VcpuLoop<E> {
                     self.halted = false;
                 } else {
                     self.account_handled();
-                    self.idle();
+                    self.idle(None);
+                    continue;
+                }
+            }
+            if let Some(mwait) = self.mwait {
+                if self.ends_mwait(&mwait) {
+                    self.mwait = None;
+                } else {
+                    self.account_handled();
+                    self.idle(Some(MWAIT_LOOK));
                     continue;
                 }
             }
@@ -361,10 +387,11 @@ impl<E: Engine> VcpuLoop<E> {
         }
     }
 
-    /// Waits after HLT for an interrupt or a deadline.
-    fn idle(&mut self) {
-        let limit =
+    /// Waits after HLT or MWAIT for an interrupt or a deadline, at most for `most`.
+    fn idle(&mut self, most: Option<Duration>) {
+        let deadline =
             self.next_deadline().map(|d| Duration::from_nanos(d.saturating_sub(self.board().now_ns())));
+        let limit = [deadline, most, self.timer12_left()].into_iter().flatten().min();
         if limit.is_none_or(|l| !l.is_zero()) {
             self.vm.handle().wait(self.index, limit);
         }
@@ -372,6 +399,27 @@ impl<E: Engine> VcpuLoop<E> {
         self.deadline = None;
         let ns = self.account.lap(self.vm.engine().tsc());
         self.vm.handle().with_recorder(self.index, |r| r.idle(ns));
+    }
+
+    /// Starts MWAIT's wait, if a line is armed; that ends its being armed.
+    pub(crate) fn start_mwait(&mut self, masked_interrupts: bool) {
+        self.mwait = self.regs.monitor.take().map(|monitor| Mwait { monitor, masked_interrupts });
+    }
+
+    /// Ends MWAIT's wait.
+    pub(crate) fn stop_mwait(&mut self) {
+        self.mwait = None;
+    }
+
+    /// Whether something ends MWAIT (SDM Vol. 2B): a store to the line, what ends HLT, INIT, a masked interrupt if
+    /// MWAIT was told so; in L2 also what exits to L1 whatever L2 masks.
+    fn ends_mwait(&self, mwait: &Mwait) -> bool {
+        let interrupts = self.board().interrupts();
+        mwait.monitor.is_triggered(self.vm.memory())
+            || self.has_wake_event()
+            || mwait.masked_interrupts && interrupts.has_interrupt(self.index)
+            || interrupts.with_lapic(self.index, |l| l.init_or_sipi_pending()) == Some(true)
+            || self.in_l2() && self.exits_while_waiting()
     }
 
     /// Whether something ends HLT (SDM Vol. 2A, HLT): an NMI, or an interrupt that is enabled.
@@ -435,10 +483,19 @@ impl<E: Engine> VcpuLoop<E> {
         self.vcpu.settle(&mut self.vmcs, &mut self.regs, &mut bus)
     }
 
+    /// MONITOR exits, to be #UD, where it is not enabled; MWAIT exits always.
+    fn restrict_monitor(&mut self) {
+        if self.vm.cpuid().has_monitor() {
+            let enabled = self.msrs.has_monitor();
+            self.vmcs.controls.primary.set(PrimaryControls::MONITOR_EXITING, !enabled);
+        }
+    }
+
     /// Fills in what changes from entry to entry: the event to inject, window controls, the
     /// preemption timer, "IA-32e mode guest".
     fn prepare_entry(&mut self) {
         vmcs01::sync_long_mode(&mut self.vmcs);
+        self.restrict_monitor();
         if !self.vmcs.controls.entry_interruption.is_valid() {
             self.choose_event();
         }

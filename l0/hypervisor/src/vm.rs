@@ -12,6 +12,8 @@ use engine::{Engine, EngineError, Kick};
 use exit_trace::{Recorder, VcpuSummary};
 use memory::{L1Ram, MachineAddr, MachineMemory, MemoryError, PAGE_SIZE, PagePool, RamLayout};
 
+use x86_spec::controls::PrimaryControls;
+
 use crate::board::Board;
 use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
@@ -115,6 +117,9 @@ impl<E: Engine + 'static> VmBuilder<E> {
         vmcs01::write_msr_bitmap(&memory, msr_bitmap)?;
         let hz = engine.tsc_frequency().max(1);
         let mut cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
+        let exits = PrimaryControls::MONITOR_EXITING | PrimaryControls::MWAIT_EXITING;
+        let monitor = engine.supported_features(1, 0)[2] & 1 << 3 != 0;
+        cpuid = cpuid.with_monitor(monitor && engine.capabilities().has_primary(exits));
         if config.vmx && nested::is_possible(&*engine) {
             cpuid = cpuid.with_vmx();
             if config.vmcs_access == VmcsAccess::Direct {

@@ -55,8 +55,8 @@ pub const PRIMARY: &[Need<PrimaryControls>] = &[
     must(PrimaryControls::UNCOND_IO_EXITING, "all ports are devices of L0"),
     must(PrimaryControls::USE_MSR_BITMAPS, "MSRs that switch with the context need no exit"),
     must(PrimaryControls::SECONDARY_CONTROLS, "EPT and what else is below"),
-    may(PrimaryControls::MWAIT_EXITING, "MONITOR/MWAIT are not offered"),
-    may(PrimaryControls::MONITOR_EXITING, "MONITOR/MWAIT are not offered"),
+    may(PrimaryControls::MWAIT_EXITING, "L0 waits, or MWAIT is not offered"),
+    may(PrimaryControls::MONITOR_EXITING, "MONITOR is not offered or not enabled; else cleared"),
 ];
 
 /// Secondary processor-based controls (§25.6.2).

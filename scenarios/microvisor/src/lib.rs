@@ -10,10 +10,13 @@
 //! - `list`: print the names and sections of the cases and end;
 //! - `bench`: measure exits instead; `rounds=N` is the number of rounds of each;
 //! - `vmexit`: measure, without VMX, what exits cost the guest that causes them; with `rounds=N`;
-//! - `verbose`: print each case's name before it runs.
+//! - `verbose`: print each case's name before it runs;
+//! - `abort=WHAT`: instead of the cases, an exit of L2 that ends in a VMX abort: `msr_store`, `msr_load`, `pdptes` or
+//!   `address_size`.
 //!
 //! Each case ends in one line, `ok NAME`, `skip NAME (why)` or `FAIL NAME: what`; the last line counts
-//! them. The image ends through isa-debug-exit at port F4H: 0 when no case failed, 1 when some did,
+//! them. Before it, a run of all cases says how many of the exit reasons and VM-instruction errors came that
+//! [`EXITS`] and [`ERRORS`] have cases for; a case that does not cause what it is listed for fails. The image ends through isa-debug-exit at port F4H: 0 when no case failed, 1 when some did,
 //! 2 after an exception or a panic in the hypervisor itself.
 
 /// Path of the multiboot image.
@@ -29,6 +32,7 @@ macro_rules! check_table {
     };
 }
 include!("check_table.rs");
+include!("coverage.rs");
 
 // Compiled into the image by `build.rs`; here only to be seen by lints and documentation.
 #[cfg(any(clippy, doc))]

@@ -451,7 +451,7 @@ proptest! {
         };
         let _ = match entered {
             Ok(()) => reflect::reflect(&VmExit::new(ExitReason::Cpuid), &mut parts),
-            Err(failed) => failed.reflect(&mut parts),
+            Err(failed) => crate::enter::FailedEntry::from(failed).reflect(&mut parts),
         };
     }
 }

@@ -67,6 +67,10 @@ pub fn deliver_from(cpu: &mut Cpu, event: Event, instruction_length: u32, origin
             delivered(cpu, &event);
             return Ok(());
         };
+        if event.kind == EventType::Nmi && matches!(cpu.reason, Reason::Event(_) | Reason::Exit(_)) {
+            // An event that causes an exit indirectly does its work (SDM Vol. 3C §28.1).
+            cpu.interruptibility |= interruptibility::NMI;
+        }
         match cpu.reason {
             Reason::Event(second) => {
                 // An exception that exits neither makes a double fault nor a triple one (SDM

@@ -1,10 +1,11 @@
 //! CPUID, time-stamp counter, cache and TLB control, MONITOR/MWAIT, PAUSE, random numbers
 //! (SDM Vol. 2, Vol. 3C §26.1).
 //!
-//! Not supported: MWAIT's wait (it completes at once where it doesn't exit).
+//! MWAIT that doesn't exit completes at once, as it may (SDM Vol. 2B); L0 has it exit, and waits.
 
 use std::sync::atomic::{Ordering, fence as memory_fence};
 
+use engine::Monitor;
 use iced_x86::{Instruction, OpKind};
 use x86_spec::controls::{PrimaryControls, SecondaryControls};
 use x86_spec::exit::ExitReason;
@@ -152,7 +153,14 @@ pub(super) fn invpcid(cpu: &mut Cpu, i: &Instruction) -> Exec {
     Ok(())
 }
 
-/// MONITOR.
+/// RCX as MONITOR and MWAIT look at it: all of it in 64-bit mode.
+fn extensions(cpu: &Cpu) -> u64 {
+    let rcx = cpu.gpr(gpr::RCX);
+    if cpu.is_64() { rcx } else { rcx & 0xffff_ffff }
+}
+
+/// MONITOR (SDM Vol. 2B): checked as a byte load, and arms the line if that is memory. Without the feature it
+/// exits, to be #UD.
 pub(super) fn monitor(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.cpl > 0 {
         return Err(cpu.ud());
@@ -160,26 +168,32 @@ pub(super) fn monitor(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.primary(PrimaryControls::MONITOR_EXITING) {
         return Err(cpu.instruction_exit(i, ExitReason::Monitor));
     }
-    if cpu.gpr(gpr::RCX) as u32 != 0 {
+    if extensions(cpu) != 0 {
         return Err(cpu.gp(0));
     }
     let mask = if cpu.is_64() { u64::MAX } else { 0xffff_ffff };
     let address = cpu.gpr(gpr::RAX) & mask;
     let lin = cpu.segment_linear(super::control::operand_segment(i), address, 1, Access::Read)?;
-    cpu.read::<u8>(lin).map(|_| ())
+    cpu.read::<u8>(lin)?;
+    let at = cpu.data_address(lin)?;
+    cpu.monitor = at.and_then(|at| Monitor::arm(&cpu.memory, at));
+    Ok(())
 }
 
-/// MWAIT. An implementation may always wake at once (SDM Vol. 2B).
+/// MWAIT. Bit 0 of an exit's qualification: whether a line is armed (SDM Vol. 3C table 28-1).
 pub(super) fn mwait(cpu: &mut Cpu, i: &Instruction) -> Exec {
     if cpu.cpl > 0 {
         return Err(cpu.ud());
     }
     if cpu.primary(PrimaryControls::MWAIT_EXITING) {
-        return Err(cpu.instruction_exit(i, ExitReason::Mwait));
+        let exit = instruction_exit_for(i, ExitReason::Mwait).qualified(cpu.monitor.is_some().into());
+        return Err(cpu.exit(exit));
     }
-    if cpu.gpr(gpr::RCX) as u32 & !1 != 0 {
+    // Bit 0: masked interrupts end the wait.
+    if extensions(cpu) & !1 != 0 {
         return Err(cpu.gp(0));
     }
+    cpu.monitor = None;
     Ok(())
 }
 

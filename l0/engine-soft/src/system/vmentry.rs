@@ -96,6 +96,7 @@ pub fn load(cpu: &mut Cpu, vmcs: &EngineVmcs, regs: &mut GuestRegs) -> Result<()
     cpu.cr8 = regs.cr8;
     cpu.efer = efer_value;
     cpu.xcr0 = regs.xcr0;
+    cpu.monitor = regs.monitor;
     cpu.dr = regs.dr;
     cpu.dr6 = regs.dr6;
     if cpu.controls.entry.contains(EntryControls::LOAD_DEBUG_CONTROLS) {
@@ -206,6 +207,7 @@ pub fn save(cpu: &mut Cpu, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
     regs.cr2 = cpu.cr2;
     regs.cr8 = cpu.cr8;
     regs.xcr0 = cpu.xcr0;
+    regs.monitor = cpu.monitor;
     regs.dr = cpu.dr;
     regs.dr6 = cpu.dr6;
     regs.msrs = cpu.msrs;

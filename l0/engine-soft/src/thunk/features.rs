@@ -50,8 +50,8 @@ fn leaf1_ecx() -> u32 {
     let legacy = set([0, 1, 9, 19, 20, 22, 23, 25]);
     // FMA, AVX, F16C.
     let vex = if avx_offered() { set([12, 28, 29]) } else { 0 };
-    // VMX, CX16, PDCM no, PCID, x2APIC, TSC deadline, XSAVE, OSXSAVE, RDRAND.
-    let own = set([5, 13, 17, 21, 24, 26, 27, 30]);
+    // MONITOR, VMX, CX16, PDCM no, PCID, x2APIC, TSC deadline, XSAVE, OSXSAVE, RDRAND.
+    let own = set([3, 5, 13, 17, 21, 24, 26, 27, 30]);
     host_cpuid(1, 0)[2] & (legacy | vex) | own
 }
 

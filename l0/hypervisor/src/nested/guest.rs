@@ -3,6 +3,8 @@
 //! While L2 runs, [`VcpuLoop::vmcs`] *is* VMCS02, and VMCS01 waits in [`Nested::vmcs01`]: so what L0
 //! does for L1 (devices, HLT, MSRs that L1 leaves to L2) works for L2 as it is.
 
+use std::time::Duration;
+
 use engine::{Activity, Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
 use ept_compress::{
     Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, L1Map, Leaf, Level, MemoryType, NoLog, Pml,
@@ -73,20 +75,27 @@ impl L1Map for L1Memory<'_> {
 struct L2Bus<'a, B> {
     bus: B,
     ram: &'a L1Ram,
-    eptp12: u64,
+    /// EPT12; `None` where L1 does not use EPT.
+    eptp12: Option<u64>,
     format: Format,
 }
 
 impl<B> L2Bus<'_, B> {
-    /// Where the access goes; `None` if L1 does not allow it.
+    /// Where in L1's memory the access goes; `None` if EPT12 does not allow it.
     fn l1_address(&self, gpa: Gpa, access: Access) -> Option<Gpa> {
+        let Some(eptp12) = self.eptp12 else { return Some(gpa) };
         let l2 = L2Gpa(gpa.0);
-        let leaf = walk(self.eptp12, l2, access, &self.format, self.ram, &mut NoLog).ok()?;
+        let leaf = walk(eptp12, l2, access, &self.format, self.ram, &mut NoLog).ok()?;
         Some(Gpa(leaf.address(l2).0))
     }
 }
 
 impl<B: ExitBus> ExitBus for L2Bus<'_, B> {
+    fn is_device(&mut self, gpa: Gpa, write: bool) -> bool {
+        // RAM that EPT02 lacks is an exit, and so is what EPT12 does not allow.
+        let at = self.l1_address(gpa, if write { Access::WRITE } else { Access::READ });
+        at.is_some_and(|at| self.ram.translate(L1Gpa(at.0)).is_none())
+    }
     fn mmio_read(&mut self, gpa: Gpa, size: u8) -> u64 {
         // Nothing answers where L1 maps nothing: all bits read as one.
         self.l1_address(gpa, Access::READ).map_or(u64::MAX, |at| self.bus.mmio_read(at, size))
@@ -273,6 +282,8 @@ impl<E: Engine> VcpuLoop<E> {
             vm.engine().invalidate(InvalidateScope::Vpid(vpid.vpid));
         }
         self.devices_touched();
+        // Entries clear address-range monitoring (§27.5).
+        self.regs.monitor = None;
         match entered {
             Ok(()) => {
                 let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
@@ -282,8 +293,20 @@ impl<E: Engine> VcpuLoop<E> {
             }
             Err(failed) => {
                 let rip = self.vmcs.guest.rip;
-                vm.handle().entry_failed(|| format!("VM entry at {rip:#x}: {failed}"), None);
-                self.fail_entry(failed)
+                if let Some(n) = self.nested.as_ref()
+                    && let Some(vmcs12) = n.state.current()
+                {
+                    let report = failed.report(vmcs12);
+                    let view = ThreeWay {
+                        vmcs01: &self.vmcs,
+                        vmcs12: Some(vmcs12),
+                        vmcs02: Some(&n.vmcs01),
+                        origins: n.origins.as_ref(),
+                    };
+                    vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
+                    tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
+                }
+                self.fail_entry(failed.into())
             }
         }
     }
@@ -345,11 +368,14 @@ impl<E: Engine> VcpuLoop<E> {
             n.timer12 = None;
         }
         self.halted = false;
+        self.stop_mwait();
         self.back_in_l1(result)
     }
 
     fn back_in_l1(&mut self, result: Option<Result<AfterSwitch, Abort>>) -> Outcome {
         self.event = None;
+        // Exits clear address-range monitoring (§28.5.6).
+        self.regs.monitor = None;
         self.devices_touched();
         self.restrict_control_registers();
         self.store_shadow_vmcs();
@@ -369,7 +395,7 @@ impl<E: Engine> VcpuLoop<E> {
                     let at = region.offset(vmx_emu::vmcs12::ABORT_INDICATOR_OFFSET);
                     L1Physical::write(self.vm().ram(), at, &indicator.to_le_bytes());
                 }
-                self.crash(CrashCause::VmxAbort { indicator })
+                self.crash(CrashCause::VmxAbort { abort })
             }
             None => Outcome::Resume,
         }
@@ -412,9 +438,27 @@ impl<E: Engine> VcpuLoop<E> {
             Owner::L1 => self.reflect_exit(exit),
             Owner::L0 => {
                 self.keep_interrupted_event(exit);
-                self.keep_l2_exit(exit)
+                let rip = self.vmcs.guest.rip;
+                let outcome = self.keep_l2_exit(exit);
+                self.monitor_trap(rip, outcome)
             }
             Owner::Composition => self.compose_l2(exit),
+        }
+    }
+
+    /// The monitor trap flag of L1, after an exit of L2 at `rip` that L0 has handled: if that completed an instruction, its
+    /// exit is due (SDM Vol. 3C §26.5.2). After an exception the engine makes it.
+    fn monitor_trap(&mut self, rip: u64, outcome: Outcome) -> Outcome {
+        let completed = self.in_l2() && self.event.is_none() && self.vmcs.guest.rip != rip;
+        let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current());
+        let wanted = vmcs12.is_some_and(|v| {
+            v.get32(Field::PrimaryControls) & PrimaryControls::MONITOR_TRAP_FLAG.bits() != 0
+        });
+        match outcome {
+            Outcome::Resume if completed && wanted => {
+                self.reflect_exit(&VmExit::new(ExitReason::MonitorTrapFlag))
+            }
+            outcome => outcome,
         }
     }
 
@@ -499,8 +543,17 @@ impl<E: Engine> VcpuLoop<E> {
         let vm = self.vm().clone();
         let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
         let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
-        let mut l2 =
-            L1View { vcpu: &mut self.vcpu, vmcs01: &mut self.vmcs, regs: &mut self.regs, ram: vm.ram() };
+        let format = Format::from_capabilities(n.caps.ept_vpid, PHYSICAL_BITS);
+        let eptp12 = uses_ept(vmcs12).then(|| vmcs12.get(Field::Eptp));
+        let bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
+        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12, format };
+        let mut l2 = L1View {
+            vcpu: &mut self.vcpu,
+            vmcs01: &mut self.vmcs,
+            regs: &mut self.regs,
+            ram: vm.ram(),
+            bus: &mut bus,
+        };
         match shadowed::execute(vmcs12, &n.caps, &mut l2, exit) {
             Some(Vmx::Complete(result)) => {
                 self.vmcs.guest.rflags = result.rflags(self.vmcs.guest.rflags);
@@ -567,7 +620,11 @@ impl<E: Engine> VcpuLoop<E> {
                 self.devices_touched();
                 match self.emulate_instruction() {
                     None => Outcome::Resume,
-                    Some(again) if again.reason == ExitReason::EptViolation => {
+                    // Another page that the instruction needs is an exit as any other.
+                    Some(again)
+                        if again.reason == ExitReason::EptViolation
+                            && again.guest_physical.0 & !0xfff == exit.guest_physical.0 & !0xfff =>
+                    {
                         self.crash(CrashCause::UnsupportedDeviceAccess { gpa: gpa.0 })
                     }
                     Some(other) => self.dispatch_l2(&other),
@@ -603,7 +660,7 @@ impl<E: Engine> VcpuLoop<E> {
             return self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus);
         };
         let format = format.mode_based_execute(key.mode_based_execute);
-        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: key.eptp12, format };
+        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: Some(key.eptp12), format };
         self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus)
     }
 
@@ -614,6 +671,37 @@ impl<E: Engine> VcpuLoop<E> {
         }
         self.keep_interrupted_event(exit);
         self.dispatch(exit)
+    }
+
+    /// Time until L1's VMX-preemption timer expires, if L2 runs with one.
+    pub(crate) fn timer12_left(&self) -> Option<Duration> {
+        if !self.in_l2() {
+            return None;
+        }
+        let timer = self.nested.as_ref()?.timer12?;
+        let engine = self.vm().engine();
+        let ticks = u64::from(timer.remaining(engine.tsc())) << self.nested.as_ref()?.rate;
+        let ns = devices::clock::mul_div_up(ticks, 1_000_000_000, engine.tsc_frequency().max(1));
+        Some(Duration::from_nanos(ns))
+    }
+
+    /// Whether L2, waiting in MWAIT, is due an exit to L1 that its RFLAGS.IF does not hold back.
+    pub(crate) fn exits_while_waiting(&self) -> bool {
+        let Some(n) = self.nested.as_ref() else { return false };
+        let Some(vmcs12) = n.state.current() else { return false };
+        let interrupts = self.board().interrupts();
+        let now = self.vm().engine().tsc();
+        pin12(vmcs12, PinbasedControls::EXTERNAL_INTERRUPT_EXITING) && interrupts.has_interrupt(self.index)
+            || pin12(vmcs12, PinbasedControls::NMI_EXITING)
+                && interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true)
+            || n.timer12.is_some_and(|t| t.expired(now))
+            || n.mtf_injected
+            || vmcs12.get32(Field::PrimaryControls)
+                & (PrimaryControls::MONITOR_TRAP_FLAG
+                    | PrimaryControls::INTERRUPT_WINDOW_EXITING
+                    | PrimaryControls::NMI_WINDOW_EXITING)
+                    .bits()
+                != 0
     }
 
     // ---- before each entry with VMCS02 -------------------------------------------------------------

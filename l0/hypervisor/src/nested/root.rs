@@ -8,6 +8,7 @@ use x86_spec::exit::ExitReason;
 use x86_spec::exit::cr_access::{self, Kind};
 use x86_spec::reg::cr4;
 
+use crate::board::{CpuBus, DeviceBus};
 use crate::exits::Outcome;
 use crate::nested::l1::L1View;
 use crate::vcpu_loop::VcpuLoop;
@@ -25,7 +26,14 @@ pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -
         cpu.inject_exception(exception::UD, None);
         return Outcome::Resume;
     };
-    let mut l1 = L1View { vcpu: &mut cpu.vcpu, vmcs01: &mut cpu.vmcs, regs: &mut cpu.regs, ram: vm.ram() };
+    let mut bus = DeviceBus(CpuBus { board: vm.board(), cpu: cpu.index, ram: vm.ram() });
+    let mut l1 = L1View {
+        vcpu: &mut cpu.vcpu,
+        vmcs01: &mut cpu.vmcs,
+        regs: &mut cpu.regs,
+        ram: vm.ram(),
+        bus: &mut bus,
+    };
     let outcome = instructions::execute(&mut nested.state, &nested.caps, &mut l1, exit);
     match outcome {
         Some(Vmx::Complete(result)) => cpu.complete_vmx(exit, result),
@@ -33,14 +41,15 @@ pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -
             cpu.nested_invalidate(what);
             cpu.complete_vmx(exit, VmResult::Succeed)
         }
-        // An operand of a VMX instruction in device memory: what the access did there is the answer.
+        // An operand in a table of L1 that is write-protected.
         Some(Vmx::Exit(access)) if vm.ept01().is_protected(L1Gpa(access.guest_physical.0)) => {
             // The instruction starts again.
             cpu.let_table_go(L1Gpa(access.guest_physical.0));
             Outcome::Resume
         }
+        // What EPT01 does not map is on the bus, so that only paging structures outside RAM are left.
         Some(Vmx::Exit(access)) => {
-            tracing::warn!(gpa = %access.guest_physical, "operand of a VMX instruction outside RAM: #GP");
+            tracing::warn!(gpa = %access.guest_physical, "a VMX instruction's operand can't be translated: #GP");
             cpu.nested_fault(Fault::GP)
         }
         Some(Vmx::Fault(fault)) => cpu.nested_fault(fault),

@@ -2,9 +2,11 @@
 
 #[macro_use]
 mod console;
+mod abort;
 mod bench;
 mod boot;
 mod cases;
+mod coverage;
 mod cpu;
 mod ept;
 mod fields;

@@ -4,7 +4,7 @@ use core::fmt::{self, Write};
 
 use super::vm::{Vm, code};
 use super::vmx::{self, Caps};
-use super::{bench, cases, cpu, memory, trap, vmexit};
+use super::{abort, bench, cases, coverage, cpu, memory, trap, vmexit};
 
 /// Why a case ends early.
 pub enum Stop {
@@ -187,6 +187,15 @@ pub fn main(options: &str) -> bool {
             }
         };
     }
+    if let Some(what) = word(options, "abort=") {
+        return match caps {
+            Some(caps) => abort::main(&context(caps), what),
+            None => {
+                println!("CPUID does not show VMX");
+                true
+            }
+        };
+    }
     let verbose = has(options, "verbose");
     let only = word(options, "only=");
     let mut counts = Counts::default();
@@ -195,9 +204,14 @@ pub fn main(options: &str) -> bool {
             if verbose {
                 println!("run {}", case.name);
             }
-            report(case, run(case, caps), &mut counts);
+            coverage::start();
+            let outcome = run(case, caps).and_then(|()| coverage::passed(case.name));
+            report(case, outcome, &mut counts);
         }
     });
+    if only.is_none() {
+        coverage::summary();
+    }
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);
     counts.failed != 0
 }

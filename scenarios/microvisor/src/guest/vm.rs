@@ -432,6 +432,7 @@ impl Vm {
             physical: get(GUEST_PHYS),
             rip: get(GUEST_RIP),
         };
+        super::coverage::exit(e.reason);
         if e.reason >> 31 == 0 {
             self.launched = true;
         }

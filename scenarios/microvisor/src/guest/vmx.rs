@@ -37,7 +37,10 @@ pub fn outcome(flags: u64) -> Vmx {
         0 => Ok(()),
         1 => Err(VmxError::Invalid),
         0x40 => Err(VmxError::Valid(match vmread_raw(super::fields::VM_ERROR) {
-            Ok((value, _)) => value as u32,
+            Ok((value, _)) => {
+                super::coverage::error(value as u32);
+                value as u32
+            }
             Err(_) => !0,
         })),
         _ => Err(VmxError::Flags(flags)),

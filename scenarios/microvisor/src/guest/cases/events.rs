@@ -37,10 +37,17 @@ super::cases! { true;
     "event.mtf" "Vol. 3C 26.5.2" mtf;
     "event.mtf.injection" "Vol. 3C 27.7.8" mtf_injection;
     "event.mtf.pending" "Vol. 3C 27.7.8" mtf_pending;
+    "event.mtf.off" "Vol. 3C 26.5.2" mtf_off;
+    "event.mtf.exception" "Vol. 3C 26.5.2" mtf_exception;
+    "event.mtf.exit_wins" "Vol. 3C 26.5.2" mtf_exit_wins;
+    "event.mtf.port" "Vol. 3C 26.5.2" mtf_port;
     "event.timer.zero" "Vol. 3C 27.7.4" timer_zero;
     "event.timer.rate" "Vol. 3C 26.5.1" timer_rate;
     "event.timer.saved" "Vol. 3C 28.3.3" timer_saved;
     "event.timer.hlt" "Vol. 3C 26.5.1" timer_hlt;
+    "event.timer.off" "Vol. 3C 26.5.1" timer_off;
+    "event.timer.injection" "Vol. 3C 27.7.4" timer_injection;
+    "event.timer.again" "Vol. 3C 26.5.1" timer_again;
     "event.inject.external" "Vol. 3C 27.6.1" inject_external;
     "event.inject.nmi" "Vol. 3C 27.6.1" inject_nmi;
     "event.inject.exception" "Vol. 3C 27.6.1" inject_exception;
@@ -60,6 +67,9 @@ super::cases! { true;
     "event.vectoring.injected" "Vol. 3C 28.2.4" vectoring_injected;
     "event.vectoring.software" "Vol. 3C 28.2.4" vectoring_software;
     "event.vectoring.ept" "Vol. 3C 28.2.4" vectoring_ept;
+    "event.vectoring.ept_interrupt" "Vol. 3C 28.2.4" vectoring_ept_interrupt;
+    "event.vectoring.ept_exception" "Vol. 3C 28.2.4" vectoring_ept_exception;
+    "event.vectoring.ept_nmi" "Vol. 3C 28.2.4" vectoring_ept_nmi;
     "event.vectoring.double_fault" "Vol. 3C 28.2.4" vectoring_double;
     "event.vectoring.none" "Vol. 3C 28.2.4" vectoring_none;
     "event.pending_debug.delivered" "Vol. 3C 27.7.3" pending_debug;
@@ -69,6 +79,8 @@ super::cases! { true;
     "event.activity.shutdown" "Vol. 3C 27.7.2" shutdown;
     "event.init" "Vol. 3C 26.2" init;
     "event.init.blocked_in_root" "Vol. 3C 24.8" init_blocked;
+    "event.sipi" "Vol. 3C 26.2" sipi;
+    "event.sipi.discarded" "Vol. 3C 26.2" sipi_discarded;
 }
 
 fn bitmap_exit(ctx: &Ctx, code: u64, vector: u32, ops: &[Op]) -> Outcome<(Vm, crate::guest::vm::Exit)> {
@@ -450,6 +462,53 @@ fn mtf_pending(ctx: &mut Ctx) -> Outcome {
     Ok(())
 }
 
+fn mtf_off(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["nop", "nop", "vmcall"])?;
+    vm.need_primary(primary::MTF)?;
+    vm.expect(reason::MTF)?;
+    vm.and(PRIMARY, !primary::MTF)?;
+    let e = vm.finish()?;
+    check!("RIP - code", e.rip - vm.code, 2);
+    Ok(())
+}
+
+/// After an instruction that faults, MTF exits behind the delivery, before the handler.
+fn mtf_exception(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["ud2"])?;
+    vm.need_primary(primary::MTF)?;
+    let e = vm.expect(reason::MTF)?;
+    check!("pushed RIP", memory::read::<u64>(vm.stack + 4096 - 40), vm.code);
+    check!("interruption information", e.info >> 31, 0);
+    check!("IDT-vectoring information", e.idt_info >> 31, 0);
+    vm.and(PRIMARY, !primary::MTF)?;
+    vm.expect_event(6)?;
+    Ok(())
+}
+
+/// An instruction that exits leaves no MTF exit pending.
+fn mtf_exit_wins(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["cpuid", "nop", "vmcall"])?;
+    vm.need_primary(primary::MTF)?;
+    let e = vm.expect(reason::CPUID)?;
+    vm.skip_instruction(&e)?;
+    let e = vm.expect(reason::MTF)?;
+    check!("RIP - code", e.rip - vm.code, 3);
+    Ok(())
+}
+
+/// A port that L1 gives to L2 takes one instruction like any other, whoever carries it out.
+fn mtf_port(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["in al, 0x80", "nop", "vmcall"])?;
+    vm.need_primary(primary::MTF | primary::IO_BITMAPS)?;
+    vm.set(IO_A, memory::page())?;
+    vm.set(IO_B, memory::page())?;
+    for offset in [2, 3] {
+        let e = vm.expect(reason::MTF)?;
+        check!("RIP - code", e.rip - vm.code, offset);
+    }
+    Ok(())
+}
+
 fn timer_zero(ctx: &mut Ctx) -> Outcome {
     let mut vm = Vm::new(&ctx.caps, code!["nop", "vmcall"])?;
     vm.need_pin(pin::TIMER)?;
@@ -510,6 +569,44 @@ fn timer_hlt(ctx: &mut Ctx) -> Outcome {
     let e = vm.expect(reason::TIMER)?;
     check!("activity", vm.get(ACTIVITY)?, 1);
     check!("RIP - code", e.rip - vm.code, 1);
+    Ok(())
+}
+
+fn timer_off(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["nop", "vmcall"])?;
+    if !ctx.caps.pin.can(pin::TIMER) {
+        return skip("control not offered");
+    }
+    vm.set(TIMER, 0)?;
+    vm.finish()?;
+    Ok(())
+}
+
+/// The injected event comes first, the exit before its handler's first instruction.
+fn timer_injection(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["vmcall"])?;
+    vm.need_pin(pin::TIMER)?;
+    vm.set(TIMER, 0)?;
+    vm.set(ENTRY_INFO, 0x8000_0306)?;
+    let e = vm.expect(reason::TIMER)?;
+    check!("IDT-vectoring information", e.idt_info >> 31, 0);
+    check!("stack", vm.get(GUEST_RSP)?, vm.stack + 4096 - 40);
+    check!("pushed RIP", memory::read::<u64>(vm.stack + 4096 - 40), vm.code);
+    vm.and(PIN, !pin::TIMER)?;
+    vm.expect_event(6)?;
+    Ok(())
+}
+
+/// Without saving, each entry starts from the field's value again.
+fn timer_again(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["2: jmp 2b"])?;
+    vm.need_pin(pin::TIMER)?;
+    vm.set(TIMER, 1)?;
+    for _ in 0..3 {
+        let e = vm.expect(reason::TIMER)?;
+        check!("RIP - code", e.rip - vm.code, 0);
+        check!("timer", vm.get(TIMER)?, 1);
+    }
     Ok(())
 }
 
@@ -755,6 +852,54 @@ fn vectoring_ept(ctx: &mut Ctx) -> Outcome {
     Ok(())
 }
 
+/// Injects an event whose frame meets a page that EPT does not map; it is delivered at the second attempt.
+fn vectoring_ept_event(ctx: &Ctx, info: u32, code: u32, error: u64) -> Outcome<Vm> {
+    let mut vm = Vm::new(&ctx.caps, code!["nop", "nop", "vmcall"])?;
+    let ept = vm.need_ept()?;
+    let stack = vm.stack;
+    ept.map(stack, 0, 0);
+    vm.set(GUEST_RFLAGS, 0x202)?;
+    vm.set(ENTRY_INFO, info.into())?;
+    vm.set(ENTRY_CODE, error)?;
+    let e = vm.expect(reason::EPT_VIOLATION)?;
+    check!("IDT-vectoring information", e.idt_info, info);
+    check!("IDT-vectoring error code", e.idt_code & code, error);
+    check!("interruption information", e.info >> 31, 0);
+    check!("RIP - code", e.rip - vm.code, 0);
+    check!("RSP", vm.get(GUEST_RSP)?, stack + 4096);
+    ept.map(stack, stack, 7 | 6 << 3);
+    let _ = crate::guest::vmx::invept(2, 0);
+    Ok(vm)
+}
+
+fn vectoring_ept_interrupt(ctx: &mut Ctx) -> Outcome {
+    let mut vm = vectoring_ept_event(ctx, 0x8000_0057, 0, 0)?;
+    vm.set(ENTRY_INFO, vm.get(IDT_INFO)?)?;
+    vm.expect_event(0x57)?;
+    Ok(())
+}
+
+fn vectoring_ept_exception(ctx: &mut Ctx) -> Outcome {
+    let mut vm = vectoring_ept_event(ctx, 0x8000_0b0d, !0, 0x18)?;
+    vm.set(ENTRY_INFO, vm.get(IDT_INFO)?)?;
+    vm.set(ENTRY_CODE, vm.get(IDT_CODE)?)?;
+    let event = vm.expect_event(13)?;
+    check!("error code", event.code, 0x18);
+    Ok(())
+}
+
+/// §28.3.4: an NMI whose delivery was interrupted has not been delivered, but blocks NMIs; injecting it again needs
+/// that undone.
+fn vectoring_ept_nmi(ctx: &mut Ctx) -> Outcome {
+    let mut vm = vectoring_ept_event(ctx, 0x8000_0202, 0, 0)?;
+    check!("blocking by NMI", vm.get(INTERRUPTIBILITY)? & 8, 8);
+    vm.set(INTERRUPTIBILITY, 0)?;
+    vm.set(ENTRY_INFO, vm.get(IDT_INFO)?)?;
+    vm.expect_event(2)?;
+    check!("blocking by NMI in the handler", vm.get(INTERRUPTIBILITY)? & 8, 8);
+    Ok(())
+}
+
 fn vectoring_double(ctx: &mut Ctx) -> Outcome {
     // #GP whose gate is not present gives #NP: two contributory exceptions are #DF.
     let mut vm = Vm::new(&ctx.caps, code!["mov ds, ecx"])?;
@@ -866,5 +1011,35 @@ fn init_blocked(ctx: &mut Ctx) -> Outcome {
     let _ = cpu::wrmsr(0x830, cpu::msr(0x802) << 32 | INIT);
     let e = vm.expect(reason::INIT)?;
     check!("RIP - code", e.rip - vm.code, 0);
+    Ok(())
+}
+
+/// ICR: start-up IPI to page 9AH, physical destination.
+const SIPI: u64 = 0x4600 | 0x9a;
+
+/// A start-up IPI exits from wait-for-SIPI, with its vector; nothing else does, not even the timer. An IPI takes its
+/// time: this one arrives after the entry.
+fn sipi(ctx: &mut Ctx) -> Outcome {
+    if ctx.caps.misc >> 8 & 1 == 0 {
+        return skip("activity state not offered");
+    }
+    let mut vm = Vm::new(&ctx.caps, code!["vmcall"])?;
+    vm.need_pin(pin::TIMER)?;
+    vm.set(TIMER, 0)?;
+    vm.set(ACTIVITY, 3)?;
+    let _ = cpu::wrmsr(0x830, cpu::msr(0x802) << 32 | SIPI);
+    let e = vm.expect(reason::SIPI)?;
+    check!("qualification", e.qualification, 0x9a);
+    check!("activity", vm.get(ACTIVITY)?, 3);
+    check!("RIP - code", e.rip - vm.code, 0);
+    check!("interruption information", e.info >> 31, 0);
+    Ok(())
+}
+
+/// In any other state it is lost.
+fn sipi_discarded(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["nop", "vmcall"])?;
+    let _ = cpu::wrmsr(0x830, cpu::msr(0x802) << 32 | SIPI);
+    vm.finish()?;
     Ok(())
 }

@@ -118,8 +118,8 @@ rows! {
     "rdtsc" "26.1.3" &[Primary(primary::RDTSC)], plain, ["rdtsc"], RDTSC, 2, Some(0), Any, true;
     "rdtscp" "26.1.3" &[Feature(0x8000_0001, 3, 27), Secondary(secondary::RDTSCP), Primary(primary::RDTSC)], plain, ["rdtscp"], RDTSCP, 3, Some(0), Any, true;
     "pause" "26.1.3" &[Primary(primary::PAUSE)], plain, ["pause"], PAUSE, 2, Some(0), Any, true;
-    "monitor" "26.1.3" &[Feature(1, 2, 3), Primary(primary::MONITOR)], plain, ["monitor"], MONITOR, 3, Some(0), Any, false;
-    "mwait" "26.1.3" &[Feature(1, 2, 3), Primary(primary::MWAIT)], plain, ["mwait"], MWAIT, 3, Some(0), Any, false;
+    "monitor" "26.1.3" &[Feature(1, 2, 3), Primary(primary::MONITOR)], plain, ["monitor"], MONITOR, 3, Some(0), Any, true;
+    "mwait" "26.1.3" &[Feature(1, 2, 3), Primary(primary::MWAIT)], plain, ["mwait"], MWAIT, 3, Some(0), Any, true;
     "wbinvd" "26.1.3" &[Secondary(secondary::WBINVD)], plain, ["wbinvd"], WBINVD, 2, Some(0), Any, true;
     "xsetbv" "26.1.2" &[Feature(1, 2, 26), Or(GUEST_CR4, 1 << 18)], plain, ["xsetbv"], XSETBV, 3, Some(0), Any, false;
     "rdrand" "26.1.3" &[Feature(1, 2, 30), Secondary(secondary::RDRAND)], plain, ["rdrand rax"], RDRAND, 4, Some(0), Bits(0x1878, 2 << 11), true;
@@ -210,7 +210,13 @@ super::cases! { true;
     "exit.vmfunc.unsupported" "Vol. 3C 26.5.6" vmfunc_unsupported;
     "exit.xsaves" "Vol. 3C 26.1.3" xsaves;
     "exit.triple_fault" "Vol. 3C 26.2" triple_fault;
+    "exit.rdpmc.off" "Vol. 3C 26.1.3" rdpmc_off;
+    "exit.never" "Vol. 3C 26.1.2" never;
     "exit.task_switch" "Vol. 3C 28.2.1" task_switch;
+    "exit.task_switch.iret" "Vol. 3C 28.2.1" task_switch_iret;
+    "exit.task_switch.gate" "Vol. 3C 28.2.1" task_switch_gate;
+    "exit.task_switch.idt" "Vol. 3C 28.2.4" task_switch_idt;
+    "exit.task_switch.faults" "Vol. 3C 26.4.2" task_switch_faults;
     "exit.real_mode" "Vol. 3C 26.8" real_mode;
     "exit.protected_mode" "Vol. 3C 26.8" protected_mode;
     "exit.state.saved" "Vol. 3C 28.3" state_saved;
@@ -669,6 +675,125 @@ fn task_switch(ctx: &mut Ctx) -> Outcome {
     let e = vm.expect(reason::TASK_SWITCH)?;
     check!("CALL: qualification", e.qualification, 0x28);
     check!("RIP - code", e.rip - vm.code, 7);
+    Ok(())
+}
+
+/// A machine in 32-bit protected mode whose GDT has an available (or busy) 32-bit TSS at 28H and a task gate to it at
+/// 30H.
+fn tasks(ctx: &Ctx, code: u64, tss_type: u64) -> Outcome<Vm> {
+    memory::reset();
+    let mut vm = Vm::new(&ctx.caps, code)?;
+    vm.protected32()?;
+    let gdt = memory::page();
+    memory::copy(gdt, trap::gdt_base(), 128);
+    let tss = memory::page();
+    memory::write(gdt + 0x28, 103 | (tss & 0xff_ffff) << 16 | tss_type << 40 | (tss >> 24) << 56);
+    memory::write(gdt + 0x30, 0x28_u64 << 16 | 0x85 << 40);
+    vm.set(GDTR_BASE, gdt)?;
+    Ok(vm)
+}
+
+/// IRET with NT set goes back to the task that the TSS links to, which is busy.
+fn task_switch_iret(ctx: &mut Ctx) -> Outcome {
+    let mut vm = tasks(ctx, code![".byte 0xcf"], 0x8b)?;
+    let own = memory::page();
+    memory::write(own, 0x28_u16);
+    vm.set(TR_BASE, own)?;
+    vm.set(GUEST_RFLAGS, 0x4002)?;
+    let e = vm.expect(reason::TASK_SWITCH)?;
+    check!("qualification", e.qualification, 0x4000_0028);
+    check!("instruction length", e.len, 1);
+    check!("RIP - code", e.rip - vm.code, 0);
+    check!("IDT-vectoring information", e.idt_info >> 31, 0);
+    Ok(())
+}
+
+/// CALL and JMP through a task gate: the qualification has the TSS's selector, not the gate's.
+fn task_switch_gate(ctx: &mut Ctx) -> Outcome {
+    let code = code![".byte 0xea, 0, 0, 0, 0, 0x30, 0, 0x9a, 0, 0, 0, 0, 0x30, 0"];
+    let mut vm = tasks(ctx, code, 0x89)?;
+    let e = vm.expect(reason::TASK_SWITCH)?;
+    check!("JMP: qualification", e.qualification, 0x8000_0028_u64);
+    check!("JMP: instruction length", e.len, 7);
+    vm.skip_instruction(&e)?;
+    let e = vm.expect(reason::TASK_SWITCH)?;
+    check!("CALL: qualification", e.qualification, 0x28);
+    check!("CALL: instruction length", e.len, 7);
+    Ok(())
+}
+
+/// Task gates in the IDT: the event is in the vectoring information.
+fn task_switch_idt(ctx: &mut Ctx) -> Outcome {
+    // What, code, VM-entry injection, the vectoring information, its error code, instruction length.
+    let rows: [(&str, u64, u64, u32, u32, Option<u32>); 5] = [
+        ("INT n", code![".byte 0xcd, 0x20"], 0, 0x8000_0420, 0, Some(2)),
+        ("INT3", code![".byte 0xcc"], 0, 0x8000_0603, 0, Some(1)),
+        ("#UD", code![".byte 0x0f, 0x0b"], 0, 0x8000_0306, 0, None),
+        ("#GP", code![".byte 0x8e, 0xd9"], 0, 0x8000_0b0d, 0x7ff8, None),
+        ("an injected interrupt", code!["nop"], 0x8000_0055, 0x8000_0055, 0, None),
+    ];
+    for (what, code, inject, info, error, len) in rows {
+        let mut vm = tasks(ctx, code, 0x89)?;
+        let idt = memory::page();
+        for vector in 0..256 {
+            memory::write(idt + 8 * vector, 0x28_u64 << 16 | 0x85 << 40);
+        }
+        vm.set(IDTR_BASE, idt)?;
+        vm.set(GUEST_RFLAGS, 0x202)?;
+        vm.set(ENTRY_INFO, inject)?;
+        vm.regs.rcx = 0x7ffb;
+        let e = vm.expect(reason::TASK_SWITCH)?;
+        check!(format_args!("{what}: qualification"), e.qualification, 0xc000_0028_u64);
+        check!(format_args!("{what}: IDT-vectoring information"), e.idt_info, info);
+        if info & 0x800 != 0 {
+            check!(format_args!("{what}: IDT-vectoring error code"), e.idt_code, error);
+        }
+        if let Some(len) = len {
+            check!(format_args!("{what}: instruction length"), e.len, len);
+        }
+        check!(format_args!("{what}: RIP - code"), e.rip - vm.code, 0);
+        check!(format_args!("{what}: interruption information"), e.info >> 31, 0);
+    }
+    Ok(())
+}
+
+/// What faults instead of switching: a busy TSS (#GP), one that is not present (#NP).
+fn task_switch_faults(ctx: &mut Ctx) -> Outcome {
+    let jump = code![".byte 0xea, 0, 0, 0, 0, 0x28, 0"];
+    for (what, tss_type, vector) in [("busy", 0x8b, 13), ("not present", 0x09, 11)] {
+        let mut vm = tasks(ctx, jump, tss_type)?;
+        vm.set(EXCEPTIONS, 0xffff_ffff)?;
+        let e = vm.expect(reason::EXCEPTION_NMI)?;
+        check!(format_args!("{what}: vector"), e.info & 0xff, vector);
+        check!(format_args!("{what}: error code"), e.code, 0x28);
+    }
+    Ok(())
+}
+
+/// Without RDPMC exiting: there are no counters, so that RDPMC is #GP.
+fn rdpmc_off(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["rdpmc", "vmcall"])?;
+    vm.regs.rcx = 0x4000_0100;
+    let event = vm.expect_event(13)?;
+    check!("error code", event.code, 0);
+    Ok(())
+}
+
+/// Instructions whose exits can't occur here are #UD: RSM outside SMM, GETSEC without CR4.SMXE, TPAUSE and UMWAIT
+/// without their control, ENCLS without SGX.
+fn never(ctx: &mut Ctx) -> Outcome {
+    for (what, code) in [
+        ("RSM", code![".byte 0x0f, 0xaa"]),
+        ("GETSEC", code![".byte 0x0f, 0x37"]),
+        ("TPAUSE", code![".byte 0x66, 0x0f, 0xae, 0xf0"]),
+        ("UMWAIT", code![".byte 0xf2, 0x0f, 0xae, 0xf0"]),
+        ("ENCLS", code![".byte 0x0f, 0x01, 0xcf"]),
+    ] {
+        memory::reset();
+        let mut vm = Vm::new(&ctx.caps, code)?;
+        let event = vm.expect_event(6)?;
+        check!(format_args!("{what}: RIP - code"), event.rip.wrapping_sub(code), 0);
+    }
     Ok(())
 }
 

@@ -34,6 +34,7 @@ cases! { true;
     "instr.memory_operand.stack" "Vol. 3C 31.3" operand_stack;
     "instr.memory_operand.page_fault" "Vol. 3C 31.3" operand_page_fault;
     "instr.memory_operand.across_pages" "Vol. 3C 31.3" operand_across_pages;
+    "instr.memory_operand.no_memory" "Vol. 3C 31.3" operand_no_memory;
     "instr.memory_operand.segment_base" "Vol. 3C 31.3" operand_segment_base;
     "instr.vmclear.address" "Vol. 3C 31.3 VMCLEAR" vmclear_address;
     "instr.vmclear.vmxon_pointer" "Vol. 3C 31.3 VMCLEAR" vmclear_vmxon_pointer;
@@ -470,6 +471,29 @@ fn operand_across_pages(ctx: &mut Ctx) -> Outcome {
 }
 
 /// FS has a base; index and displacement count.
+/// Where there is no memory, reads give ones and writes are lost: the operand is what any load or store would see.
+fn operand_no_memory(ctx: &mut Ctx) -> Outcome {
+    let vm = Vm::new(&ctx.caps, 0)?;
+    let nowhere = 0x8000_0000_u64 as *mut u64;
+    check!("a load", memory::read::<u64>(nowhere as u64), u64::MAX);
+    ok("VMPTRST", vmx::vmptrst_at(nowhere))?;
+    fails("VMPTRLD", vmx::vmptrld_at(nowhere), VmxError::Valid(9))?;
+    fails("VMCLEAR", vmx::vmclear_at(nowhere), VmxError::Valid(2))?;
+    if ctx.caps.secondary.can(secondary::EPT) {
+        fails("INVEPT", vmx::invept_at(1, nowhere), VmxError::Valid(28))?;
+    }
+    check!("the current VMCS", vmx::vmptrst().unwrap_or(0), vm.vmcs);
+    let mut flags =
+        trap::guarded!("push 0x8d7\npopfq\nvmread [{at}], {f}", at = in(reg) nowhere, f = in(reg) 0x681e_u64);
+    ok("VMREAD", flags.map_err(VmxError::from).and_then(vmx::outcome))?;
+    flags = trap::guarded!("push 0x8d7\npopfq\nvmwrite {f}, [{at}]", at = in(reg) nowhere, f = in(reg) 0x681e_u64);
+    ok("VMWRITE", flags.map_err(VmxError::from).and_then(vmx::outcome))?;
+    check!("the field", vm.get(GUEST_RIP)?, u64::MAX);
+    off()?;
+    fails("VMXON", vmx::vmxon_at(nowhere), VmxError::Invalid)?;
+    enter_vmx(ctx)
+}
+
 fn operand_segment_base(ctx: &mut Ctx) -> Outcome {
     let vm = Vm::new(&ctx.caps, 0)?;
     let page = memory::page();

@@ -3,10 +3,12 @@
 mod apic;
 mod boot;
 mod checks;
+mod debug;
 mod ept;
 mod events;
 mod exits;
 mod instructions;
+mod mwait;
 mod pmu;
 mod state;
 
@@ -23,19 +25,23 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
+/// Every case, by group.
+pub const GROUPS: &[&[Case]] = &[
+    boot::CASES,
+    instructions::CASES,
+    checks::CASES,
+    events::CASES,
+    debug::CASES,
+    mwait::CASES,
+    ept::CASES,
+    apic::CASES,
+    pmu::CASES,
+    state::CASES,
+    exits::GROUPS[0],
+    exits::GROUPS[1],
+];
+
 /// Calls `f` with every case.
 pub fn all(f: &mut dyn FnMut(&Case)) {
-    let groups = [
-        boot::CASES,
-        instructions::CASES,
-        checks::CASES,
-        events::CASES,
-        ept::CASES,
-        apic::CASES,
-        pmu::CASES,
-        state::CASES,
-    ];
-    for group in groups.into_iter().chain(exits::GROUPS) {
-        group.iter().for_each(&mut *f);
-    }
+    GROUPS.iter().for_each(|group| group.iter().for_each(&mut *f));
 }

@@ -20,6 +20,7 @@ super::cases! { true;
     "shadowing.write" "Vol. 3C 31.3 VMWRITE" shadowing_write;
     "shadowing.bitmap" "Vol. 3C 26.1.3" shadowing_bitmap;
     "shadowing.no_link" "Vol. 3C 31.3 VMREAD" shadowing_no_link;
+    "shadowing.no_memory" "Vol. 3C 31.3 VMREAD" shadowing_no_memory;
     "shadowing.launch" "Vol. 3C 27.1" shadowing_launch;
 }
 
@@ -270,6 +271,16 @@ fn shadowing_no_link(ctx: &mut Ctx) -> Outcome {
     vm.regs = Regs { rcx: GUEST_RIP.into(), ..Regs::default() };
     vm.finish()?;
     check!("flags", vm.regs.rsi & 0x8d5, 1);
+    Ok(())
+}
+
+/// An operand of L2 where L1's machine has no memory.
+fn shadowing_no_memory(ctx: &mut Ctx) -> Outcome {
+    let (mut vm, _, _) =
+        shadowing(ctx, code!["vmread [rbx], rcx", "vmwrite rcx, [rbx]", "vmread rax, rcx", "vmcall"])?;
+    vm.regs = Regs { rcx: GUEST_RIP.into(), rbx: 0x8000_0000, ..Regs::default() };
+    vm.finish()?;
+    check!("what L2 read back", vm.regs.rax, u64::MAX);
     Ok(())
 }
 
