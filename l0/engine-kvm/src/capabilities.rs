@@ -119,5 +119,6 @@ mod tests {
         assert_eq!(d & 0xf << 22, 0);
         assert_eq!(feature_mask(0x8000_0001, 0)[3] & 1 << 29, 1 << 29, "long mode");
         assert_eq!(feature_mask(0x8000_0002, 0), [0; 4]);
+        assert_eq!(feature_mask(0xa, 0), [0; 4], "performance counters");
     }
 }

@@ -34,9 +34,25 @@ fn check_crypto(guest: &mut Guest) {
     }
 }
 
-/// The log and the crypto self-tests of a kernel.
+/// The kernel finds the performance counters whole, and its NMI watchdog gets their interrupts.
+#[track_caller]
+fn check_performance_counters(guest: &mut Guest) {
+    let log = guest.succeed("dmesg");
+    // Not, for example, "PMU not available" or "Broken PMU hardware detected".
+    let found = log.lines().find(|l| l.contains("Performance Events: ")).unwrap_or_default();
+    assert!(found.ends_with(" events, full-width counters, Intel PMU driver."), "{found:?}");
+    assert!(log.contains("NMI watchdog: Enabled."), "{log}");
+    assert_eq!(guest.succeed("cat /proc/sys/kernel/nmi_watchdog"), "1\n");
+    // An overflow for each second that the processor does not halt; perf takes it as an NMI.
+    guest.succeed("echo 1 > /proc/sys/kernel/watchdog_thresh");
+    guest.succeed("until grep -q 'PMI: *[1-9]' /proc/interrupts; do :; done");
+    guest.succeed("grep -q 'NMI: *[1-9]' /proc/interrupts && echo 10 > /proc/sys/kernel/watchdog_thresh");
+}
+
+/// The log, the performance counters and the crypto self-tests of a kernel.
 fn quiet_and_right(kernel: Kernel) {
     let mut guest = Guest::boot(&guest::launch(kernel, &[]));
+    check_performance_counters(&mut guest);
     check_crypto(&mut guest);
     check_log(&guest.succeed("dmesg -r"));
     assert_eq!(
