@@ -49,10 +49,28 @@ pub enum Command {
 pub enum BenchCommand {
     /// Boot an image here and under QEMU's TCG, run the mix in both and on the host, and compare
     Boot(BenchBootArgs),
+    /// Boot L1 and in it L2, here and under QEMU's TCG with SVM, measure L2's exits in both, and compare
+    Nested(BenchNestedArgs),
     /// Measure what exits cost the guest that causes them; in L1 with --engine kvm, an L2
     Vmexit(BenchVmexitArgs),
     /// Run a fixed user-mode workload here and print a line per part, in milliseconds
     Mix,
+}
+
+/// Arguments of `bench nested`.
+#[derive(Debug, Args)]
+pub struct BenchNestedArgs {
+    /// Image that `nestvmm image build` made, with nestvmm and an L2 in it
+    pub image: PathBuf,
+    /// QEMU's program
+    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// How often each boots; medians are compared
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub runs: usize,
+    /// Rounds of each exit
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10000))]
+    pub rounds: u32,
 }
 
 /// Arguments of `bench vmexit`.

@@ -21,11 +21,11 @@ struct Measured {
 
 /// Boots, runs the mix, powers off.
 fn measure(mut guest: Guest) -> Result<Measured, Failure> {
-    let init = guest.wait_for(READY)?.as_secs_f64();
+    let init = guest.wait_for(READY)?.1.as_secs_f64();
     guest.wait_for(PROMPT)?;
     guest.type_line("nestvmm bench mix; echo mix-$((1+1))")?;
-    guest.wait_for("mix-2")?;
-    let mix = guest.text().lines().filter_map(parse_part).collect();
+    let (output, _) = guest.wait_for("mix-2")?;
+    let mix = output.lines().filter_map(parse_part).collect();
     let report = guest.power_off()?;
     Ok(Measured { init, mix, report })
 }
@@ -44,8 +44,8 @@ pub fn boot(args: &BenchBootArgs) -> Result<(), Failure> {
     let (mut ours, mut theirs, mut native) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..runs {
         eprintln!("run {} of {runs}: nestvmm, QEMU (TCG), host", n + 1);
-        ours.push(measure(Guest::spawn(payload.own_command()?)?)?);
-        theirs.push(measure(Guest::spawn(payload.qemu_command(&args.qemu))?)?);
+        ours.push(measure(Guest::spawn(&payload.own_launch()?)?)?);
+        theirs.push(measure(Guest::spawn(&payload.qemu_launch(&args.qemu))?)?);
         native.push(mix::run());
     }
     print!("{}", table(&ours, &theirs, &native));

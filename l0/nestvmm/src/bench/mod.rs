@@ -4,6 +4,7 @@
 
 mod boot;
 mod mix;
+mod nested;
 mod peer;
 mod vmexit;
 
@@ -17,6 +18,7 @@ use crate::status::Failure;
 pub fn bench(command: &BenchCommand) -> Result<(), Failure> {
     match command {
         BenchCommand::Boot(args) => boot::boot(args),
+        BenchCommand::Nested(args) => nested::nested(args),
         BenchCommand::Vmexit(args) => vmexit::vmexit(args),
         BenchCommand::Mix => {
             mix::print();

@@ -5,10 +5,32 @@
 //! Not measured: exits of VMX instructions and exits that L1 handles for its L2; the microvisor's own
 //! benchmarks are for those.
 
+use std::process::Command;
+
 use crate::cli::{BenchVmexitArgs, EngineChoice};
 use crate::status::Failure;
 
 use super::peer::{MemoryFile, own_program};
+
+/// A line of the guest: one kind of exit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Its name.
+    pub name: String,
+    /// Median of one round trip, in nanoseconds.
+    pub median_ns: u64,
+}
+
+/// Reads a line of the guest: `bench NAME ROUNDS MIN MEDIAN P99 NS ns`.
+pub fn parse_line(line: &str) -> Option<Line> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        ["bench", name, _, _, _, _, ns, "ns"] => {
+            Some(Line { name: name.into(), median_ns: ns.parse().ok()? })
+        }
+        _ => None,
+    }
+}
 
 /// Runs the guest, whose console is standard output.
 ///
@@ -25,7 +47,7 @@ pub fn vmexit(args: &BenchVmexitArgs) -> Result<(), Failure> {
     if let Some(only) = &args.only {
         words.push_str(&format!(" only={only}"));
     }
-    let mut command = own_program()?;
+    let mut command = Command::new(own_program()?);
     command.args(["run", "--memory", "64M", "--debug-exit", "--vmx", "off", "--engine", engine]);
     command.arg("--kernel").arg(image.path()).args(["--append", &words]);
     let status = command.status().map_err(|e| Failure::host(format!("can't start the guest: {e}")))?;
@@ -33,5 +55,18 @@ pub fn vmexit(args: &BenchVmexitArgs) -> Result<(), Failure> {
         // isa-debug-exit with 0.
         Some(1) => Ok(()),
         _ => Err(Failure::host(format!("the guest ended with {status}; see what it printed"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_back() {
+        let line = "bench cpuid               1000      14564    15118    33230    7558 ns\r";
+        assert_eq!(parse_line(line), Some(Line { name: "cpuid".into(), median_ns: 7558 }));
+        assert_eq!(parse_line("skip vmcall (exception 6 here)"), None);
+        assert_eq!(parse_line("benchmark rounds min cycles median p99 median ns"), None);
     }
 }
