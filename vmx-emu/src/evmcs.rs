@@ -94,6 +94,29 @@ macro_rules! groups {
         pub const GROUPS: &[(Group, &[Place])] = &[
             $((Group::$group, &[$(Place { field: Field::$field, offset: $offset },)*]),)*
         ];
+
+        // Each field in a line of its own, so that offsets and widths are constants: this is on the path of
+        // every exit.
+        impl Evmcs {
+            /// Takes the fields of the groups that are not in `clean`; of VM-exit information,
+            /// which is L0's to write, only if `exit_information`.
+            fn load(&self, vmcs: &mut Vmcs12, clean: u32, exit_information: bool) {
+                $(if clean & Group::$group.clean_bit() == 0 {
+                    $(if exit_information || const { !is_exit_information(Field::$field) } {
+                        let place = Place { field: Field::$field, offset: $offset };
+                        vmcs.set(place.field, self.value(place));
+                    })*
+                })*
+            }
+
+            /// Puts in the fields that an exit changes.
+            fn store(&mut self, vmcs: &Vmcs12) {
+                $($(if const { changes_at_exit(Field::$field) } {
+                    let place = Place { field: Field::$field, offset: $offset };
+                    self.set(place, vmcs.get(place.field));
+                })*)*
+            }
+        }
     };
 }
 
@@ -168,6 +191,10 @@ groups! {
     }
 }
 
+const fn is_exit_information(field: Field) -> bool {
+    matches!(field.field_type(), FieldType::ReadOnly)
+}
+
 /// Whether L0 writes the field at exits: exit information, guest state and what else an exit changes
 /// of a VMCS (SDM Vol. 3C §28.2, §28.3).
 const fn changes_at_exit(field: Field) -> bool {
@@ -175,41 +202,18 @@ const fn changes_at_exit(field: Field) -> bool {
         || matches!(field, Field::EntryInterruptionInfo | Field::EntryControls)
 }
 
-/// The number of places, and those of fields that exits change.
-const COUNTS: (usize, usize) = {
-    let (mut all, mut changing, mut g) = (0, 0, 0);
+/// Every field is inside.
+const _: () = {
+    let mut g = 0;
     while g < GROUPS.len() {
         let mut i = 0;
         while i < GROUPS[g].1.len() {
-            all += 1;
-            if changes_at_exit(GROUPS[g].1[i].field) {
-                changing += 1;
-            }
+            let Place { field, offset } = GROUPS[g].1[i];
+            assert!(offset as usize + field.width().bytes() as usize <= SIZE);
             i += 1;
         }
         g += 1;
     }
-    (all, changing)
-};
-
-/// The places that exits write.
-const CHANGING: [Place; COUNTS.1] = {
-    let mut changing = [Place { field: Field::GuestRip, offset: 0 }; COUNTS.1];
-    let (mut n, mut g) = (0, 0);
-    while g < GROUPS.len() {
-        let mut i = 0;
-        while i < GROUPS[g].1.len() {
-            let place = GROUPS[g].1[i];
-            assert!(place.offset as usize + place.field.width().bytes() as usize <= SIZE);
-            if changes_at_exit(place.field) {
-                changing[n] = place;
-                n += 1;
-            }
-            i += 1;
-        }
-        g += 1;
-    }
-    changing
 };
 
 /// The controls that need a field which the structure has no place for: pin-based and secondary. They are not
@@ -239,65 +243,64 @@ impl Evmcs {
         Self(bytes)
     }
 
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
+        self.0.get(at..).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; N])
+    }
+
+    #[inline(always)]
+    fn put<const N: usize>(&mut self, at: usize, bytes: [u8; N]) {
+        if let Some(to) = self.0.get_mut(at..).and_then(<[u8]>::first_chunk_mut) {
+            *to = bytes;
+        }
+    }
+
+    #[inline(always)]
     fn value(&self, place: Place) -> u64 {
-        let at = place.offset as usize;
-        let tail = self.0.get(at..).unwrap_or_default();
+        let at = place.offset.into();
         match place.field.width() {
-            Width::Bits16 => tail.first_chunk().map(|b| u16::from_le_bytes(*b).into()),
-            Width::Bits32 => tail.first_chunk().map(|b| u32::from_le_bytes(*b).into()),
-            Width::Bits64 | Width::Natural => tail.first_chunk().map(|b| u64::from_le_bytes(*b)),
-        }
-        .unwrap_or(0)
-    }
-
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        if let Some(to) = at.checked_add(bytes.len()).and_then(|end| self.0.get_mut(at..end)) {
-            to.copy_from_slice(bytes);
+            Width::Bits16 => u16::from_le_bytes(self.bytes(at)).into(),
+            Width::Bits32 => u32::from_le_bytes(self.bytes(at)).into(),
+            Width::Bits64 | Width::Natural => u64::from_le_bytes(self.bytes(at)),
         }
     }
 
+    #[inline(always)]
     fn set(&mut self, place: Place, value: u64) {
-        let bytes = value.to_le_bytes();
-        let width = place.field.width().bytes() as usize;
-        self.put(place.offset.into(), bytes.get(..width).unwrap_or_default());
+        let at = place.offset.into();
+        match place.field.width() {
+            Width::Bits16 => self.put(at, (value as u16).to_le_bytes()),
+            Width::Bits32 => self.put(at, (value as u32).to_le_bytes()),
+            Width::Bits64 | Width::Natural => self.put(at, value.to_le_bytes()),
+        }
     }
 
     /// The version: the first dword.
     pub fn version(&self) -> u32 {
-        self.0.first_chunk().map_or(0, |b| u32::from_le_bytes(*b))
+        u32::from_le_bytes(self.bytes(0))
     }
 
     /// The clean bits.
     pub fn clean_fields(&self) -> u32 {
-        let word = self.0.get(CLEAN_FIELDS_OFFSET..).and_then(<[u8]>::first_chunk);
-        word.map_or(0, |b| u32::from_le_bytes(*b))
+        u32::from_le_bytes(self.bytes(CLEAN_FIELDS_OFFSET))
     }
 
     /// Takes all fields into `vmcs`; those without a place are 0.
     pub fn load_all(&self, vmcs: &mut Vmcs12) {
         *vmcs = Vmcs12::default();
-        for place in GROUPS.iter().flat_map(|(_, places)| *places) {
-            vmcs.set(place.field, self.value(*place));
-        }
+        self.load(vmcs, 0, true);
     }
 
     /// Takes the fields of the groups that are not clean into `vmcs`, which has the rest from the last
-    /// entry. VM-exit information is L0's to write.
+    /// entry.
     pub fn load_changed(&self, vmcs: &mut Vmcs12) {
-        let clean = self.clean_fields();
-        for (_, places) in GROUPS.iter().filter(|(g, _)| clean & g.clean_bit() == 0) {
-            for place in places.iter().filter(|p| p.field.field_type() != FieldType::ReadOnly) {
-                vmcs.set(place.field, self.value(*place));
-            }
-        }
+        self.load(vmcs, self.clean_fields(), false);
     }
 
     /// Puts in what an exit changes; then L0's copy and the structure agree, and everything is clean.
     pub fn store_exit(&mut self, vmcs: &Vmcs12) {
-        for place in CHANGING {
-            self.set(place, vmcs.get(place.field));
-        }
-        self.put(CLEAN_FIELDS_OFFSET, &(self.clean_fields() | CLEAN_ALL).to_le_bytes());
+        self.store(vmcs);
+        self.put(CLEAN_FIELDS_OFFSET, (self.clean_fields() | CLEAN_ALL).to_le_bytes());
     }
 
     /// Writes it back to L1's memory.
@@ -308,10 +311,12 @@ impl Evmcs {
 
 /// Writes the VM-instruction error of `vmcs` to the structure at `at`.
 pub(crate) fn write_instruction_error(memory: &dyn L1Physical, at: L1Gpa, vmcs: &Vmcs12) {
+    let mut evmcs = Evmcs::read(memory, at);
     let is_error = |p: &&Place| p.field == Field::VmInstructionError;
-    if let Some(place) = CHANGING.iter().find(is_error) {
-        memory.write(at.offset(place.offset.into()), &vmcs.get32(place.field).to_le_bytes());
+    if let Some(place) = GROUPS.iter().flat_map(|(_, places)| *places).find(is_error) {
+        evmcs.set(*place, vmcs.get(place.field));
     }
+    evmcs.write(memory, at);
 }
 
 /// The structure that VM entries use, by L1's assist page at `assist_page`. `None`: an ordinary VMCS.

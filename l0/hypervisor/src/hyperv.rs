@@ -32,6 +32,8 @@ const FEATURES_EAX: u32 = 1 << 4 | 1 << 5 | 1 << 6 | 1 << 11 | 1 << 13 | 1 << 15
 const FEATURES_EDX: u32 = 1 << 8;
 /// 40000004H:EAX: the enlightened VMCS is recommended (14).
 const RECOMMENDATIONS: u32 = 1 << 14;
+/// 4000000AH:EBX: the structure's fields of IA32_PERF_GLOBAL_CTRL count (0).
+const NESTED_FEATURES_EBX: u32 = 1 << 0;
 /// 40000004H:EBX: spinlocks never notify.
 const SPINLOCK_RETRIES: u32 = u32::MAX;
 
@@ -78,7 +80,7 @@ pub fn cpuid(leaf: u32, cpus: u32) -> [u32; 4] {
         0x4000_0004 => [RECOMMENDATIONS, SPINLOCK_RETRIES, 0, 0],
         0x4000_0005 => [cpus, cpus, 0, 0],
         // The lowest and the highest version of the enlightened VMCS.
-        0x4000_000a => [evmcs::VERSION | evmcs::VERSION << 8, 0, 0, 0],
+        0x4000_000a => [evmcs::VERSION | evmcs::VERSION << 8, NESTED_FEATURES_EBX, 0, 0],
         _ => [0; 4],
     }
 }
@@ -328,7 +330,7 @@ mod tests {
         assert_eq!(query(&rig, 0x4000_0003), [0xa870, 0, 0, 0x100]);
         assert_eq!(query(&rig, 0x4000_0004), [0x4000, u32::MAX, 0, 0]);
         assert_eq!(query(&rig, 0x4000_0005), [1, 1, 0, 0]);
-        assert_eq!(query(&rig, 0x4000_000a), [0x101, 0, 0, 0]);
+        assert_eq!(query(&rig, 0x4000_000a), [0x101, 1, 0, 0]);
         assert_eq!(query(&rig, 0x4000_000b), [0; 4]);
         let mut without = Rig::new();
         assert_eq!(query(&without, 0x4000_0000), [0; 4]);

@@ -14,6 +14,9 @@
 //! - `abort=WHAT`: instead of the cases, an exit of L2 that ends in a VMX abort: `msr_store`, `msr_load`, `pdptes` or
 //!   `address_size`.
 //!
+//! Where the processor offers Hyper-V's enlightened VMCS, virtual machines use it, except in cases about VMX
+//! instructions themselves (`instr.`).
+//!
 //! Each case ends in one line, `ok NAME`, `skip NAME (why)` or `FAIL NAME: what`; the last line counts
 //! them. Before it, a run of all cases says how many of the exit reasons and VM-instruction errors came that
 //! [`EXITS`] and [`ERRORS`] have cases for; a case that does not cause what it is listed for fails. The image ends through isa-debug-exit at port F4H: 0 when no case failed, 1 when some did,

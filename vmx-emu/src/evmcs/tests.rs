@@ -7,6 +7,7 @@ use x86_spec::exit::ExitReason as R;
 use super::*;
 use crate::explain::InstructionError;
 use crate::instructions::{EntryKind, Outcome};
+use crate::l1::L1 as _;
 use crate::state::VmResult;
 use crate::testing::*;
 use crate::vmcs12::{self, LaunchState};
@@ -54,8 +55,6 @@ fn get(m: &Machine, field: Field) -> u64 {
 }
 
 const ENTER: Outcome = Outcome::Enter(EntryKind::Resume);
-
-use crate::l1::L1 as _;
 
 /// Offset and size of each member of `struct hv_enlightened_vmcs` in the headers of Linux 6.1.
 #[test]
@@ -427,7 +426,7 @@ proptest! {
         }
         let mut back = evmcs.clone();
         back.store_exit(&vmcs);
-        back.put(CLEAN_FIELDS_OFFSET, &evmcs.clean_fields().to_le_bytes());
+        back.put(CLEAN_FIELDS_OFFSET, evmcs.clean_fields().to_le_bytes());
         prop_assert_eq!(&back.0, &evmcs.0);
     }
 }

@@ -45,12 +45,12 @@ fn select_enlightened(
         state.drop_enlightened();
         return Ok(());
     };
+    let evmcs = Evmcs::read(memory, pointer);
     let possible = valid_region(caps, pointer) && state.vmxon_pointer() != Some(pointer);
-    let evmcs = possible.then(|| Evmcs::read(memory, pointer)).filter(|e| e.version() == evmcs::VERSION);
-    let Some(evmcs) = evmcs else {
+    if !possible || evmcs.version() != evmcs::VERSION {
         state.drop_enlightened();
         return Err(VmResult::FailInvalid);
-    };
+    }
     state.load_enlightened(memory, pointer, &evmcs, kind == EntryKind::Resume);
     if let Some(vmcs) = state.current_mut() {
         vmcs.launch_state = match kind {

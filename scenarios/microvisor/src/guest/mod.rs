@@ -9,6 +9,7 @@ mod cases;
 mod coverage;
 mod cpu;
 mod ept;
+mod evmcs;
 mod fields;
 mod legacy;
 mod memory;

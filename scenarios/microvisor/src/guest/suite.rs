@@ -4,7 +4,7 @@ use core::fmt::{self, Write};
 
 use super::vm::{Vm, code};
 use super::vmx::{self, Caps};
-use super::{abort, bench, cases, coverage, cpu, memory, trap, vmexit};
+use super::{abort, bench, cases, coverage, cpu, evmcs, memory, trap, vmexit};
 
 /// Why a case ends early.
 pub enum Stop {
@@ -233,7 +233,9 @@ fn run(case: &Case, caps: Option<Caps>) -> Outcome {
         enter_vmx(&ctx)?;
     }
     let saved = State::save();
+    evmcs::want(!case.name.starts_with("instr."));
     let outcome = (case.run)(&mut ctx);
+    evmcs::want(false);
     saved.restore();
     outcome
 }

@@ -6,7 +6,7 @@ use super::ept::Ept;
 use super::fields::*;
 use super::suite::{Outcome, Stop, fail, skip};
 use super::vmx::{self, Caps, VmxError};
-use super::{cpu, memory, trap};
+use super::{cpu, evmcs, memory, trap};
 
 /// General registers of L2, which the world switch saves and loads.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,7 +36,8 @@ const EXITED: u64 = 0;
 const FAULTED: u64 = !0;
 
 /// Enters L2 with VMLAUNCH (`launch` not 0) or VMRESUME. With `write_rsp` 0, HOST_RSP is as the
-/// last call left it, and the caller's stack pointer must be the same.
+/// last call left it, and the caller's stack pointer must be the same; 1 has it written by VMWRITE, any other
+/// value is the address of an enlightened VMCS to write it to.
 #[unsafe(naked)]
 unsafe extern "C" fn vm_switch(regs: *mut Regs, launch: u64, write_rsp: u64) -> u64 {
     naked_asm!(
@@ -49,8 +50,13 @@ unsafe extern "C" fn vm_switch(regs: *mut Regs, launch: u64, write_rsp: u64) -> 
         "push rdi",
         "test rdx, rdx",
         "jz 2f",
+        "cmp rdx, 1",
+        "jne 8f",
         "mov eax, 0x6c14",
         "vmwrite rax, rsp",
+        "jmp 2f",
+        "8: mov [rdx + {host_rsp}], rsp",
+        "and dword ptr [rdx + {clean_fields}], {not_clean}",
         "2: lea rax, [rip + 5f]",
         "mov [rip + {fixup}], rax",
         "test rsi, rsi",
@@ -109,6 +115,9 @@ unsafe extern "C" fn vm_switch(regs: *mut Regs, launch: u64, write_rsp: u64) -> 
         "pop rbp",
         "ret",
         fixup = sym trap::FIXUP,
+        host_rsp = const evmcs::HOST_RSP_OFFSET,
+        clean_fields = const evmcs::CLEAN_FIELDS,
+        not_clean = const !evmcs::HOST_RSP_CLEAN as i32,
     )
 }
 
@@ -198,7 +207,7 @@ impl Vm {
     /// hypervisor, and with EPT if that is offered.
     pub fn new(caps: &Caps, code: u64) -> Result<Self, Stop> {
         let vmcs = memory::page();
-        memory::write(vmcs, caps.revision());
+        memory::write(vmcs, if evmcs::wanted() { evmcs::VERSION } else { caps.revision() });
         let stack = memory::page();
         let data = memory::page();
         let mut vm =
@@ -222,12 +231,19 @@ impl Vm {
     }
     fn load(&mut self) -> Outcome {
         ok("VMCLEAR of a new VMCS", vmx::vmclear(self.vmcs))?;
-        ok("VMPTRLD of a new VMCS", vmx::vmptrld(self.vmcs))?;
-        Ok(())
+        self.make_current()
     }
     /// Makes the VMCS current again.
     pub fn make_current(&self) -> Outcome {
+        if evmcs::wanted() {
+            evmcs::select(self.vmcs);
+            return Ok(());
+        }
         ok("VMPTRLD", vmx::vmptrld(self.vmcs))
+    }
+    /// What VMPTRST gives while this machine's VMCS is the one in use.
+    pub fn current_pointer(&self) -> u64 {
+        if evmcs::wanted() { !0 } else { self.vmcs }
     }
     fn controls(&mut self) -> Outcome {
         let c = self.caps;
@@ -408,7 +424,9 @@ impl Vm {
     /// Enters L2; the error is that of the instruction.
     pub fn enter(&mut self) -> Result<Exit, VmxError> {
         unsafe { (&raw mut trap::TRAP.vector).write_volatile(trap::NONE) };
-        let ended = unsafe { vm_switch(&raw mut self.regs, u64::from(!self.launched), 1) };
+        let ended = unsafe {
+            vm_switch(&raw mut self.regs, u64::from(!self.launched), evmcs::current().unwrap_or(1))
+        };
         match ended {
             EXITED => {}
             FAULTED => {
@@ -517,6 +535,9 @@ pub fn ok<T>(what: &'static str, result: vmx::Vmx<T>) -> Result<T, Stop> {
 fn value<T>(what: &'static str, field: u32, result: vmx::Vmx<T>) -> Result<T, Stop> {
     match result {
         Ok(v) => Ok(v),
+        Err(VmxError::Valid(12)) if evmcs::current().is_some() => {
+            Err(Stop::Skip("the enlightened VMCS has no such field"))
+        }
         Err(error) => fail!("{what} of field {field:#x}: expected success, got {error:x?}"),
     }
 }
@@ -527,6 +548,7 @@ impl Vm {
     /// # Safety
     /// The machine has been launched, and `HOST_RSP` is written by the first round.
     pub unsafe fn resume_raw(&mut self, first: bool) -> bool {
-        unsafe { vm_switch(&raw mut self.regs, 0, u64::from(first)) == EXITED }
+        let write_rsp = if first { evmcs::current().unwrap_or(1) } else { 0 };
+        unsafe { vm_switch(&raw mut self.regs, 0, write_rsp) == EXITED }
     }
 }

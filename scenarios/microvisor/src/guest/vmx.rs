@@ -3,8 +3,8 @@
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use super::cpu;
 use super::trap::{self, Fault};
+use super::{cpu, evmcs};
 
 /// How a VMX instruction ends if it does not succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,15 +36,20 @@ pub fn outcome(flags: u64) -> Vmx {
     match flags & ARITHMETIC {
         0 => Ok(()),
         1 => Err(VmxError::Invalid),
-        0x40 => Err(VmxError::Valid(match vmread_raw(super::fields::VM_ERROR) {
-            Ok((value, _)) => {
-                super::coverage::error(value as u32);
-                value as u32
-            }
-            Err(_) => !0,
-        })),
+        0x40 => Err(VmxError::Valid(instruction_error())),
         _ => Err(VmxError::Flags(flags)),
     }
+}
+
+fn instruction_error() -> u32 {
+    use super::fields::VM_ERROR;
+    let error = match evmcs::current() {
+        Some(at) => evmcs::read(at, VM_ERROR).ok(),
+        None => vmread_raw(VM_ERROR).ok().map(|(value, _)| value),
+    };
+    let Some(error) = error else { return !0 };
+    super::coverage::error(error as u32);
+    error as u32
 }
 
 fn vmread_raw(field: u32) -> Result<(u64, u64), Fault> {
@@ -89,9 +94,9 @@ pub fn vmxoff() -> Vmx {
 pub fn vmcall() -> Vmx {
     outcome(trap::guarded!("push 0x8d7\npopfq\nvmcall")?)
 }
-/// VMREAD.
+/// Reads a field of the VMCS in use: VMREAD, or a load from an enlightened VMCS.
 pub fn vmread(field: u32) -> Vmx<u64> {
-    vmread64(field.into())
+    evmcs::current().map_or_else(|| vmread64(field.into()), |at| evmcs::read(at, field))
 }
 /// VMREAD with all 64 bits of the encoding.
 pub fn vmread64(field: u64) -> Vmx<u64> {
@@ -101,9 +106,9 @@ pub fn vmread64(field: u64) -> Vmx<u64> {
     outcome(flags)?;
     Ok(value)
 }
-/// VMWRITE.
+/// Writes a field of the VMCS in use: VMWRITE, or a store to an enlightened VMCS.
 pub fn vmwrite(field: u32, value: u64) -> Vmx {
-    vmwrite64(field.into(), value)
+    evmcs::current().map_or_else(|| vmwrite64(field.into(), value), |at| evmcs::write(at, field, value))
 }
 /// VMWRITE with all 64 bits of the encoding.
 pub fn vmwrite64(field: u64, value: u64) -> Vmx {

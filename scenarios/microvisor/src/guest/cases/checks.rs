@@ -6,7 +6,7 @@ use crate::guest::legacy::{Ended, enter_from_32_bit};
 use crate::guest::suite::{Ctx, Outcome, check, fail, skip};
 use crate::guest::vm::{CODE32, DATA, Vm, code};
 use crate::guest::vmx::{Allowed, VmxError};
-use crate::guest::{cpu, memory};
+use crate::guest::{cpu, evmcs, memory};
 
 use Expect::*;
 use Op::*;
@@ -57,7 +57,7 @@ pub enum Op {
     Poke32(u32, u64, u32),
     /// Writes the revision identifier with other bits to memory at the address in a field.
     Revision(u32, u32),
-    /// Lets L2 run for no time, where the preemption timer is offered.
+    /// Lets L2 run for no time, by the preemption timer.
     Timer,
     /// Skips the case if CPUID does not show a feature: leaf, register, bit.
     Feature(u32, usize, u32),
@@ -98,11 +98,8 @@ pub(super) fn apply(vm: &mut Vm, ops: &[Op]) -> Outcome {
 
 /// Ends L2 before its first instruction.
 fn timer(vm: &mut Vm) -> Outcome {
-    if vm.caps.pin.can(pin::TIMER) {
-        vm.or(PIN, pin::TIMER)?;
-        vm.set(TIMER, 0)?;
-    }
-    Ok(())
+    vm.need_pin(pin::TIMER)?;
+    vm.set(TIMER, 0)
 }
 
 fn machine(ctx: &Ctx) -> Outcome<Vm> {
@@ -115,7 +112,7 @@ fn must_fail(ctx: &Ctx, expect: Expect, what: &dyn core::fmt::Display, ops: [&[O
     for list in ops {
         apply(&mut vm, list)?;
     }
-    let vmcs = vm.vmcs;
+    let vmcs = vm.current_pointer();
     match (vm.enter(), expect) {
         (Err(VmxError::Valid(7)), Controls) | (Err(VmxError::Valid(8)), Host) => Ok(()),
         (Ok(e), Guest(qualification)) if e.reason == 0x8000_0021 => {
@@ -149,7 +146,10 @@ fn must_enter(ctx: &Ctx, what: &dyn core::fmt::Display, ops: [&[Op]; 2]) -> Outc
     for list in ops {
         apply(&mut vm, list)?;
     }
-    timer(&mut vm)?;
+    // L2 that executes ends by itself.
+    if vm.caps.pin.can(pin::TIMER) || vm.get(ACTIVITY)? != 0 {
+        timer(&mut vm)?;
+    }
     match vm.enter() {
         Ok(e) if e.reason >> 31 == 0 => Ok(()),
         Ok(e) => {
@@ -438,6 +438,8 @@ fn nmi_blocked_by_sti(ctx: &mut Ctx) -> Outcome {
 /// VM entry from an L1 outside IA-32e mode: 64-bit state is refused, and so is what a 32-bit host
 /// can't have; a 32-bit guest runs.
 fn legacy_mode(ctx: &mut Ctx) -> Outcome {
+    // The world switch of 32-bit mode knows ordinary VMCSs alone.
+    evmcs::want(false);
     let code = || code!["vmcall", "2: jmp 2b"];
     let cases: [(&str, &[Op]); 6] = [
         ("64-bit host", &[Or(EXIT_CTL, exit::HOST_64 as u64)]),

@@ -4,6 +4,7 @@ mod apic;
 mod boot;
 mod checks;
 mod debug;
+mod direct;
 mod ept;
 mod events;
 mod exits;
@@ -35,6 +36,7 @@ pub const GROUPS: &[&[Case]] = &[
     mwait::CASES,
     ept::CASES,
     apic::CASES,
+    direct::CASES,
     pmu::CASES,
     state::CASES,
     exits::GROUPS[0],
