@@ -42,12 +42,13 @@ fn without_vmx_there_is_no_kvm() {
     l1.power_off();
 }
 
-/// Boots L2 in L1 on L1's KVM, both unmodified, and looks at what both say.
-fn l2_boots(l2: Kernel) {
+/// Boots L2 in L1 on L1's KVM, both unmodified, and looks at what both say. Returns L1's log.
+fn l2_boots(l2: Kernel, options: &[&str]) -> String {
     let command =
         "boot-l2 --exec 'uname -r; echo 6 7 | { read a b; echo $((a * b)); }; echo ==; dmesg -r; exit 7'
         status=$?; echo ==; dmesg -r; exit $status";
-    let finished = Launch::new(["run"]).path(l2.image_as_l2()).args(&["--exec", command]).run(L2);
+    let finished =
+        Launch::new(["run"]).path(l2.image_as_l2()).args(options).args(&["--exec", command]).run(L2);
     finished.expect_status(7);
     let parts: Vec<&str> = finished.output.split("==\n").collect();
     let [output, l2_log, l1_log] = parts.as_slice() else { panic!("{}", finished.output) };
@@ -59,16 +60,25 @@ fn l2_boots(l2: Kernel) {
         assert!(!log.contains("unimplemented"), "{log}");
     }
     assert!(l1_log.contains("nestvmm_channel=ttyS1"), "the second log is L1's");
+    (*l1_log).to_owned()
 }
 
 #[test]
 fn l2_boots_under_kvm_in_l1() {
-    l2_boots(Kernel::Cloud);
+    let log = l2_boots(Kernel::Cloud, &[]);
+    assert!(!log.contains("Hyper-V"), "{log}");
+}
+
+/// With direct access KVM keeps its VMCS in memory, as it does on Hyper-V, and has nothing to complain about.
+#[test]
+fn l2_boots_under_kvm_with_an_enlightened_vmcs() {
+    let log = l2_boots(Kernel::Cloud, &["--vmcs-access", "direct"]);
+    assert!(log.contains("using Hyper-V Enlightened VMCS"), "{log}");
 }
 
 /// The generic kernel has many more drivers, which look for their devices in vain.
 #[test]
 #[ignore = "slow"]
 fn slow_l2_with_the_generic_kernel_boots_under_kvm_in_l1() {
-    l2_boots(Kernel::Generic);
+    l2_boots(Kernel::Generic, &[]);
 }
