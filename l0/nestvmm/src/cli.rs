@@ -8,6 +8,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use hypervisor::{Ept02Config, MAX_EPT02_PAGES, MIN_EPT02_PAGES};
 
+use scenario_runner::suite::Shard;
+
 use crate::image::{DEFAULT_COMMAND_LINE, DEFAULT_KERNEL_PACKAGE};
 use crate::status;
 
@@ -39,6 +41,9 @@ pub enum Command {
         /// The terminal of the serial port
         port: PathBuf,
     },
+    /// Run guests as files describe it, and judge what they do
+    #[command(subcommand)]
+    Scenario(ScenarioCommand),
     /// Measure speed, as ratios against a peer in the same run
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -98,6 +103,96 @@ pub struct BenchBootArgs {
     /// How often each boots; medians are compared
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub runs: usize,
+}
+
+/// Subcommands of `scenario`.
+#[derive(Debug, Subcommand)]
+pub enum ScenarioCommand {
+    /// Run scenarios
+    #[command(after_help = status::SCENARIO_HELP)]
+    Run(ScenarioRunArgs),
+    /// Show the scenarios that are part of nestvmm, and those in ./scenarios, or given ones
+    List(ScenarioListArgs),
+    /// Look for mistakes in scenarios without running them
+    Check(ScenarioCheckArgs),
+}
+
+/// Arguments of `scenario run`.
+#[derive(Debug, Args)]
+pub struct ScenarioRunArgs {
+    /// What to run: names of scenarios that are part of nestvmm, files, folders, or all
+    #[arg(required = true, value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+    /// How many run at a time [default: the number of processors]
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<usize>,
+    /// Run only a part of them, for a CI matrix: 1/3, 2/3 and 3/3 are all
+    #[arg(long, value_name = "INDEX/COUNT")]
+    pub shard: Option<Shard>,
+    /// Run only those with TAG; may be repeated
+    #[arg(long = "tag", value_name = "TAG")]
+    pub tags: Vec<String>,
+    /// Leave out those with this tag or name; may be repeated
+    #[arg(long, value_name = "TAG")]
+    pub skip: Vec<String>,
+    /// Write the results as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the results as JUnit XML
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Where the consoles of runs that did not pass are kept
+    #[arg(long, value_name = "DIR", default_value = "scenario-logs")]
+    pub logs: PathBuf,
+    /// Keep the consoles of runs that passed too
+    #[arg(long)]
+    pub keep_logs: bool,
+    /// Multiply all time limits, for a slow or busy host
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub patience: u32,
+    /// Image for the guest NAME of scenarios; may be repeated
+    #[arg(long = "guest", value_name = "NAME=FILE", value_parser = parse_guest)]
+    pub guests: Vec<GuestFile>,
+}
+
+/// Arguments of `scenario list`.
+#[derive(Debug, Args)]
+pub struct ScenarioListArgs {
+    /// What to show: names, files, folders, or all
+    #[arg(value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+    /// Image for the guest NAME of scenarios; may be repeated
+    #[arg(long = "guest", value_name = "NAME=FILE", value_parser = parse_guest)]
+    pub guests: Vec<GuestFile>,
+}
+
+/// Arguments of `scenario check`.
+#[derive(Debug, Args)]
+pub struct ScenarioCheckArgs {
+    /// What to check: names, files, folders, or all
+    #[arg(required = true, value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+    /// Image for the guest NAME of scenarios; may be repeated
+    #[arg(long = "guest", value_name = "NAME=FILE", value_parser = parse_guest)]
+    pub guests: Vec<GuestFile>,
+}
+
+/// `--guest`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFile {
+    /// The name that scenarios use.
+    pub name: String,
+    /// What is booted.
+    pub image: PathBuf,
+}
+
+fn parse_guest(s: &str) -> Result<GuestFile, String> {
+    match s.split_once('=') {
+        Some((name, image)) if !name.is_empty() && !image.is_empty() => {
+            Ok(GuestFile { name: name.into(), image: image.into() })
+        }
+        _ => Err("give NAME=FILE, for example demo=l1.img".into()),
+    }
 }
 
 /// Subcommands of `image`.

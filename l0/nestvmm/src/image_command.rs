@@ -48,7 +48,8 @@ fn options(args: BuildArgs) -> BuildOptions {
     o
 }
 
-fn failure(e: ImageError) -> Failure {
+/// An error of image building, with the status to end with.
+pub fn failure(e: ImageError) -> Failure {
     match e {
         ImageError::NoApt { .. } | ImageError::Apt { .. } => Failure::host(e),
         ImageError::BadOption(_) | ImageError::Exists { .. } => Failure::usage(e),

@@ -9,6 +9,7 @@ mod exec;
 mod image;
 mod image_command;
 mod run;
+mod scenario;
 mod session;
 mod status;
 mod terminal;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         Command::ServeExec { port } => exec::guest::serve(&port).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
         Command::Bench(command) => bench::bench(&command).map(|()| 0),
+        Command::Scenario(command) => scenario::scenario(&command),
         Command::Image(command) => image_command::image(command).map(|()| 0),
     };
     match result {

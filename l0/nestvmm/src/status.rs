@@ -19,6 +19,8 @@ pub const GUEST_CRASH: u8 = 8;
 pub const INTERNAL: u8 = 10;
 /// The guest reset the machine and `--on-reset exit` was given.
 pub const GUEST_RESET: u8 = 12;
+/// A scenario failed.
+pub const SCENARIO_FAILED: u8 = 14;
 /// The user quit with Ctrl-A x.
 pub const USER_QUIT: u8 = 130;
 
@@ -42,6 +44,16 @@ Exit status of `run`:
 
 With --exec it is the command's status (128+N when signal N ended the command), or
  125  when there is none: all that 2 to 12 mean above, and a guest that ended before the command";
+
+/// Statuses of `scenario run` as its help shows them.
+pub const SCENARIO_HELP: &str = "\
+Exit status of `scenario run`:
+   0  all passed
+   2  bad usage
+   4  a scenario has a mistake, or a file can't be used
+   6  the host lacks something
+  14  a scenario failed
+ 128+N when signal N ended the run";
 
 /// A message for the user and the status to end with.
 #[derive(Debug)]

@@ -188,6 +188,11 @@ impl Killer {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the program has not been waited for yet.
+    pub fn is_armed(&self) -> bool {
+        self.lock().is_some()
+    }
+
     /// Kills the program's process group.
     pub fn kill(&self) {
         // The lock keeps the id from being given to somebody else in between.

@@ -527,6 +527,14 @@ fn extra_file(from: &Path, to: &str) -> Result<(String, u32, Vec<u8>), ImageErro
     Ok((clean.to_owned(), mode & 0o777, data))
 }
 
+/// The folder that nestvmm keeps things in that it can make again, made if need be. `None` without a home
+/// directory.
+pub fn cache_folder() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|h| h.join(".cache")));
+    base.map(|b| b.join("nestvmm")).filter(|dir| std::fs::create_dir_all(dir).is_ok())
+}
+
 /// Where downloads are kept between builds.
 enum Cache {
     Kept(PathBuf),
@@ -536,11 +544,7 @@ enum Cache {
 
 impl Cache {
     fn open() -> Result<Self, ImageError> {
-        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-        let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|h| h.join(".cache")));
-        if let Some(dir) = base.map(|b| b.join("nestvmm"))
-            && std::fs::create_dir_all(&dir).is_ok()
-        {
+        if let Some(dir) = cache_folder() {
             return Ok(Self::Kept(dir));
         }
         let scratch = tempfile::tempdir();
