@@ -15,6 +15,8 @@
 //! L0 completes.
 
 mod capabilities;
+mod fpu;
+mod hybrid;
 mod kick;
 mod probe;
 mod slots;
@@ -26,13 +28,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine::{Engine, EngineError, InvalidateScope};
 use kvm_bindings::{
-    CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
+    KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X86_QUIRK_FIX_HYPERCALL_INSN, kvm_enable_cap,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use memory::{MachineAddr, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
 
+pub use hybrid::{HybridEngine, HybridVcpu, NotForKvm, can_run};
 pub use probe::{Probe, probe};
 use slots::Slot;
 pub use vcpu::KvmVcpu;
@@ -65,6 +70,10 @@ struct Shared {
     vm: VmFd,
     memory: Arc<MachineMemory>,
     realised: Mutex<Realised>,
+    /// KVM has XCR0.
+    has_xcrs: bool,
+    /// Where the upper halves of YMM registers are in an XSAVE area, if there are any.
+    ymm_offset: Option<usize>,
     /// How many vCPUs were made: the number of the next.
     vcpus: Mutex<u64>,
 }
@@ -72,6 +81,13 @@ struct Shared {
 impl Shared {
     fn realised(&self) -> MutexGuard<'_, Realised> {
         self.realised.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Machine address of a guest-physical one.
+    fn machine(&self, gpa: u64) -> Option<MachineAddr> {
+        let realised = self.realised();
+        let slot = realised.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.len)?;
+        Some(MachineAddr(slot.machine + (gpa - slot.gpa)))
     }
 
     /// Makes KVM's memory slots and MSR filter those that a context with this EPT pointer and MSR
@@ -198,13 +214,41 @@ impl KvmEngine {
         let mut enable = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         enable.args[0] = reasons.into();
         vm.enable_cap(&enable).map_err(host("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
+        Self::withhold_quirks(&vm);
         let tsc_frequency = Self::host_tsc_frequency(&kvm)?;
+        let shared = Shared {
+            vm,
+            memory,
+            realised: Mutex::default(),
+            has_xcrs: kvm.check_extension(Cap::Xcrs),
+            ymm_offset: fpu::ymm_offset(cpuid.as_slice()),
+            vcpus: Mutex::new(0),
+        };
         Ok(Self {
-            shared: Arc::new(Shared { vm, memory, realised: Mutex::default(), vcpus: Mutex::new(0) }),
+            shared: Arc::new(shared),
             capabilities: capabilities::capabilities(),
             cpuid,
             tsc_frequency,
         })
+    }
+
+    /// Has KVM report what it can't emulate before it raises #UD for it, and not replace VMCALL and VMMCALL in
+    /// the guest's code. Older kernels have neither; then a failed emulation may show a #UD that is not the
+    /// guest's, and VMCALL is KVM's.
+    fn withhold_quirks(vm: &VmFd) {
+        let hypercall = u64::from(KVM_X86_QUIRK_FIX_HYPERCALL_INSN);
+        for (cap, value) in [(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1), (KVM_CAP_DISABLE_QUIRKS2, hypercall)] {
+            let offered = vm.check_extension_raw(cap.into());
+            // The answer is 1, or the quirks that can be disabled.
+            if offered < 0 || offered as u64 & value == 0 {
+                continue;
+            }
+            let mut enable = kvm_enable_cap { cap, ..Default::default() };
+            enable.args[0] = value;
+            if let Err(e) = vm.enable_cap(&enable) {
+                tracing::debug!("KVM_ENABLE_CAP({cap}) failed: {e}");
+            }
+        }
     }
 
     /// The frequency that KVM gives a new vCPU's TSC, which is the host's. Only a vCPU can be

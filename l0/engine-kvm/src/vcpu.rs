@@ -16,10 +16,11 @@ use engine::{
     interruptibility,
 };
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_msr_entry, kvm_run,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
+    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_USE_HW_BP, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_guest_debug, kvm_msr_entry, kvm_run, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 use memory::{Gpa, MachineAddr};
@@ -27,9 +28,10 @@ use x86_spec::controls::PrimaryControls;
 use x86_spec::exit::{ExitReason, ept_violation, io};
 use x86_spec::interruption::InterruptionInfo;
 use x86_spec::msr;
-use x86_spec::reg::gpr;
+use x86_spec::reg::{cr0, cr4, efer, gpr};
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
+use crate::fpu;
 use crate::kick::{Armed, KickState, Timer, now_ns};
 use crate::state::{Dirty, KvmState};
 use crate::{Shared, host, host_tsc, unsupported};
@@ -40,12 +42,14 @@ const NMI_POLL_NS: u64 = 1_000_000;
 /// How many accesses one instruction may make in [`Vcpu::settle`]. KVM splits long string
 /// instructions itself; this only bounds a KVM that does not.
 const MAX_ACCESSES: usize = 1 << 16;
+/// Longest instruction in bytes (SDM Vol. 2A §2.3.11).
+const MAX_INSTRUCTION: usize = 15;
 /// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`, which `kvm-ioctls` has for other processors only.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 
 /// Why a run ended in a way that no VM exit describes.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(crate) enum Failure {
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error("KVM_RUN failed: {0}")]
@@ -58,6 +62,9 @@ enum Failure {
     Unknown(u32),
     #[error("KVM did not finish an instruction: exit {0} where none was possible")]
     Unfinished(u32),
+    /// KVM stopped at a breakpoint of [`KvmVcpu::set_breakpoints`].
+    #[error("KVM stopped at a breakpoint that L0 did not set")]
+    Breakpoint,
     #[error("KVM waits for the answer to an access that L0 left open")]
     Open,
     #[error("L0 changed the state in the middle of an instruction that KVM has not finished")]
@@ -66,7 +73,7 @@ enum Failure {
 
 /// Instruction bytes of a failed emulation.
 #[derive(Debug)]
-struct Bytes(Vec<u8>);
+pub(crate) struct Bytes(Vec<u8>);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -320,14 +327,18 @@ impl KvmVcpu {
     fn show_rest(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<(), EngineError> {
         let debug = self.fd.get_debug_regs().map_err(host("KVM_GET_DEBUGREGS"))?;
         (regs.dr, regs.dr6, vmcs.guest.dr7) = (debug.db, debug.dr6, debug.dr7);
-        for (index, _) in context_msrs(vmcs, regs) {
-            let entry = kvm_msr_entry { index, ..Default::default() };
-            let mut list = Msrs::from_entries(&[entry]).map_err(|e| unsupported(format!("{e:?}")))?;
-            if self.fd.get_msrs(&mut list).map_err(host("KVM_GET_MSRS"))? == 1
-                && let Some(e) = list.as_slice().first()
-            {
-                show_msr(vmcs, regs, index, e.data);
+        let wanted = context_msrs(vmcs, regs).map(|(index, _)| index);
+        let mut rest = &wanted[..];
+        // KVM stops at one that it lacks.
+        while !rest.is_empty() {
+            let entries: Vec<_> =
+                rest.iter().map(|i| kvm_msr_entry { index: *i, ..Default::default() }).collect();
+            let mut list = Msrs::from_entries(&entries).map_err(|e| unsupported(format!("{e:?}")))?;
+            let got = self.fd.get_msrs(&mut list).map_err(host("KVM_GET_MSRS"))?;
+            for e in list.as_slice().iter().take(got) {
+                show_msr(vmcs, regs, e.index, e.data);
             }
+            rest = rest.get(got + 1..).unwrap_or_default();
         }
         // What is shown is what KVM has.
         self.loaded = self.loaded.take().map(|l| Loaded {
@@ -336,6 +347,103 @@ impl KvmVcpu {
             ..l
         });
         Ok(())
+    }
+
+    /// As [`Self::show_rest`], with x87 and vector state and XCR0: everything that another engine needs.
+    pub(crate) fn show_all(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+    ) -> Result<(), EngineError> {
+        self.show_rest(vmcs, regs)?;
+        let area = self.fd.get_xsave().map_err(host("KVM_GET_XSAVE"))?;
+        fpu::show(&area, self.shared.ymm_offset, &mut regs.fpu);
+        self.show_pdptes(vmcs);
+        if let Some(xcr0) = self.xcr0()? {
+            regs.xcr0 = xcr0;
+        }
+        Ok(())
+    }
+
+    /// With PAE paging, the processor has the four entries at CR3 (SDM Vol. 3A §4.4.1); KVM, the memory that they
+    /// came from.
+    fn show_pdptes(&self, vmcs: &mut EngineVmcs) {
+        let g = &mut vmcs.guest;
+        if g.cr0 & cr0::PG == 0 || g.cr4 & cr4::PAE == 0 || g.efer & efer::LMA != 0 {
+            return;
+        }
+        for (i, entry) in g.pdptes.iter_mut().enumerate() {
+            let at = self.shared.machine((g.cr3 & !31) + 8 * i as u64);
+            *entry = at.and_then(|at| self.shared.memory.read_u64(at).ok()).unwrap_or(0);
+        }
+    }
+
+    /// Gives KVM what [`Self::show_all`] shows and [`Self::try_enter`] does not load.
+    pub(crate) fn load_vectors(&mut self, regs: &GuestRegs) -> Result<(), EngineError> {
+        let mut area = self.fd.get_xsave().map_err(host("KVM_GET_XSAVE"))?;
+        fpu::take(&mut area, self.shared.ymm_offset, &regs.fpu);
+        // SAFETY: KVM reads 4096 bytes, the size of the structure: no larger components are enabled, which
+        // a process has to ask for.
+        unsafe { self.fd.set_xsave(&area) }.map_err(host("KVM_SET_XSAVE"))?;
+        if self.xcr0()?.is_some_and(|x| x != regs.xcr0) {
+            let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
+            xcrs.xcrs[0].value = regs.xcr0;
+            self.fd.set_xcrs(&xcrs).map_err(host("KVM_SET_XCRS"))?;
+        }
+        Ok(())
+    }
+
+    /// XCR0, where KVM has it.
+    fn xcr0(&self) -> Result<Option<u64>, EngineError> {
+        if !self.shared.has_xcrs {
+            return Ok(None);
+        }
+        let xcrs = self.fd.get_xcrs().map_err(host("KVM_GET_XCRS"))?;
+        Ok((xcrs.nr_xcrs > 0).then_some(xcrs.xcrs[0].value))
+    }
+
+    /// Has KVM stop before the instructions at these linear addresses, two at most, in place of the
+    /// guest's own breakpoints; none gives the guest its own back.
+    pub(crate) fn set_breakpoints(&mut self, at: &[u64]) -> Result<(), EngineError> {
+        let mut debug = kvm_guest_debug::default();
+        for (i, address) in at.iter().enumerate().take(2) {
+            debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            debug.arch.debugreg[i] = *address;
+            // Gn; condition and length 0 are those of an instruction (SDM Vol. 3B §18.2.4).
+            debug.arch.debugreg[7] |= 2 << (2 * i);
+        }
+        self.fd.set_guest_debug(&debug).map_err(host("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// Whether [`Vcpu::emulate`] is to answer an access.
+    pub(crate) fn is_open(&self) -> bool {
+        self.access.is_some()
+    }
+
+    /// Whether an answered access is not finished.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        self.unfinished
+    }
+
+    /// The event that KVM has not delivered, taken from it.
+    pub(crate) fn undelivered(&self) -> (InterruptionInfo, u32) {
+        self.state.interrupted_event()
+    }
+
+    /// Where the instruction bytes at a linear address are in machine memory, for whoever decodes them.
+    pub(crate) fn code_at(&self, linear: u64) -> Vec<(MachineAddr, u64)> {
+        let mut found = Vec::new();
+        // What can't be translated is not there to be decoded either.
+        let _ = self.pieces(linear, MAX_INSTRUCTION, |at, r| found.push((at, r.len() as u64)));
+        found
+    }
+
+    /// `len` bytes at a linear address, if they are mapped.
+    pub(crate) fn peek(&self, linear: u64, len: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        let memory = self.shared.memory.clone();
+        self.pieces(linear, len, |at, range| drop(memory.read(at, &mut bytes[range]))).ok()?;
+        Some(bytes)
     }
 
     // ---- running ------------------------------------------------------------------------
@@ -406,7 +514,11 @@ impl KvmVcpu {
         result
     }
 
-    fn try_enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+    pub(crate) fn try_enter(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+    ) -> Result<VmExit, Failure> {
         if self.access.take().is_some() {
             return Err(Failure::Open);
         }
@@ -484,6 +596,7 @@ impl KvmVcpu {
                 return Err(Failure::Entry(hardware));
             }
             KVM_EXIT_INTERNAL_ERROR => return Err(internal_error(run)),
+            KVM_EXIT_DEBUG => return Err(Failure::Breakpoint),
             other => return Err(Failure::Unknown(other)),
         })
     }
@@ -577,7 +690,7 @@ impl KvmVcpu {
         unsafe { std::slice::from_raw_parts_mut(run.cast::<u8>().add(offset as usize + at), size) }
     }
 
-    fn failed(&mut self, failure: &Failure, vmcs: &EngineVmcs) -> VmExit {
+    pub(crate) fn failed(&mut self, failure: &Failure, vmcs: &EngineVmcs) -> VmExit {
         let g = &vmcs.guest;
         let text = format!(
             "{failure}; rip {:#x}, cs {:#x}, cr0 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}, rflags {:#x}",
@@ -653,13 +766,11 @@ impl KvmVcpu {
             let fault =
                 LinearFault::Exception { vector: x86_spec::exception::PF, error_code: Some(0), address };
             let gpa = self.physical(address).ok_or(fault)?;
-            let realised = self.shared.realised();
-            let slot = realised.slots.iter().find(|s| gpa.0 >= s.gpa && gpa.0 - s.gpa < s.len);
-            let Some(slot) = slot else {
+            let Some(machine) = self.shared.machine(gpa.0) else {
                 let exit = VmExit::new(ExitReason::EptViolation);
                 return Err(LinearFault::Exit(VmExit { guest_physical: gpa, ..exit }));
             };
-            f(MachineAddr(slot.machine + (gpa.0 - slot.gpa)), at..at + step);
+            f(machine, at..at + step);
             at += step;
         }
         Ok(())

@@ -99,6 +99,11 @@ pub trait Engine: Send + Sync {
     /// [`EngineError`] when the host refuses.
     fn create_vcpu(&self) -> Result<Self::Vcpu, EngineError>;
 
+    /// Whether it makes use of [`Controls::lenient`].
+    fn is_lenient(&self) -> bool {
+        false
+    }
+
     /// Drops cached translations of all vCPUs. Takes effect in each vCPU before its next
     /// guest instruction.
     fn invalidate(&self, scope: InvalidateScope);
@@ -146,6 +151,15 @@ pub enum LinearFault {
     },
     /// The access causes this VM exit.
     Exit(VmExit),
+}
+
+/// How often the parts of an engine that is made of two handed the guest to each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HandOvers {
+    /// Single instructions that the first part could not execute, executed by the second.
+    pub instructions: u64,
+    /// Entries of contexts that only the second part can run.
+    pub entries: u64,
 }
 
 /// What CPUID gives for one leaf or subleaf.
@@ -233,6 +247,11 @@ pub trait Vcpu: Send {
     /// [`EngineError`] when the host does not take the table.
     fn set_cpuid(&mut self, _entries: &[CpuidEntry]) -> Result<(), EngineError> {
         Ok(())
+    }
+
+    /// How often the engine handed the guest to another one, for engines that are made of two.
+    fn hand_overs(&self) -> HandOvers {
+        HandOvers::default()
     }
 
     /// Why the last VM entry failed, in words, where the engine knows more than the exit says.

@@ -241,6 +241,11 @@ pub struct Controls {
     pub entry_error_code: u32,
     /// Its instruction length, for software events.
     pub entry_instruction_length: u32,
+    /// An engine that can't give exits for them may keep to itself: CPUID (answered from the table of
+    /// [`crate::Vcpu::set_cpuid`]), XSETBV, accesses to CR8 (whose value then goes through
+    /// [`crate::GuestRegs::cr8`]), WBINVD, RDPMC, MONITOR and MWAIT, and accesses to bits of CR0 and CR4 that
+    /// are host-owned. No field of a VMCS: L0 allows it for VMCS01 only.
+    pub lenient: bool,
 }
 
 impl Default for Controls {
@@ -285,6 +290,7 @@ impl Default for Controls {
             entry_interruption: InterruptionInfo::NONE,
             entry_error_code: 0,
             entry_instruction_length: 0,
+            lenient: false,
         }
     }
 }

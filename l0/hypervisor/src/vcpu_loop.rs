@@ -251,7 +251,8 @@ impl<E: Engine> VcpuLoop<E> {
     /// VM entry to VM exit. Where the engine lacks exits for CR8, the task priority goes from the local
     /// APIC to the processor and back.
     fn enter(&mut self) -> VmExit {
-        let exits = self.vmcs.controls.primary.contains(PrimaryControls::CR8_LOAD_EXITING);
+        let exits = self.vmcs.controls.primary.contains(PrimaryControls::CR8_LOAD_EXITING)
+            && !self.vm.engine().is_lenient();
         if exits || self.in_l2() {
             return self.vcpu.enter(&mut self.vmcs, &mut self.regs);
         }

@@ -166,6 +166,7 @@ pub fn controls(
         cr4_shadow: 0,
         eptp,
         vpid: VPID,
+        lenient: true,
         ..Controls::default()
     })
 }

@@ -343,6 +343,20 @@ impl MachineMemory {
         Some(std::mem::take(&mut *writes))
     }
 
+    /// To be called when anything may have been written from elsewhere, by a guest that another engine
+    /// ran: has all decoded code dropped. Dirty marks are not set.
+    pub fn written_anywhere(&self) {
+        for (page, b) in self.code.iter().enumerate() {
+            if b.load(Ordering::Relaxed) != 0 {
+                self.set_code_page(page as u64, false);
+                let watchers = self.watchers.read().unwrap_or_else(|e| e.into_inner());
+                for w in watchers.iter() {
+                    w.code_page_written(page as u64);
+                }
+            }
+        }
+    }
+
     /// Registers someone who caches decoded code.
     pub fn add_code_watcher(&self, watcher: Arc<dyn CodeWatcher>) {
         self.watchers.write().unwrap_or_else(|e| e.into_inner()).push(watcher);
@@ -412,6 +426,18 @@ mod tests {
         m.watch_page(2, false);
         m.fill(MachineAddr(0x2000), 0, 0x1000).unwrap();
         assert_eq!(m.take_watched_writes(), None);
+    }
+
+    #[test]
+    fn all_code_is_dropped_when_anything_may_have_been_written() {
+        let m = MachineMemory::new(0x4000).unwrap();
+        let log = Arc::new(Log(Mutex::new(vec![])));
+        m.add_code_watcher(log.clone());
+        m.set_code_page(1, true);
+        m.set_code_page(3, true);
+        m.written_anywhere();
+        m.written_anywhere();
+        assert_eq!(*log.0.lock().unwrap(), [1, 3]);
     }
 
     #[test]

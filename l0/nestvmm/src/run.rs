@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::Engine;
-use engine_kvm::KvmEngine;
+use engine_kvm::HybridEngine;
 use engine_soft::SoftEngine;
 use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
@@ -104,7 +104,7 @@ fn run_machines(
 ) -> Result<End, Failure> {
     loop {
         let end = match args.engine {
-            EngineChoice::Kvm => boot_once(KvmEngine::new, args, files, output, session, exec)?,
+            EngineChoice::Kvm => boot_once(kvm_engine, args, files, output, session, exec)?,
             EngineChoice::Soft | EngineChoice::Auto => {
                 boot_once(soft_engine, args, files, output, session, exec)?
             }
@@ -138,6 +138,11 @@ fn soft_engine(memory: Arc<MachineMemory>) -> Result<SoftEngine, engine::EngineE
         width: f.width,
     });
     Ok(SoftEngine::new(memory)?.with_vmcs_shadowing(ShadowLayout::new(fields)))
+}
+
+/// KVM, with the software engine for what KVM can't do.
+fn kvm_engine(memory: Arc<MachineMemory>) -> Result<HybridEngine<SoftEngine>, engine::EngineError> {
+    HybridEngine::new(memory.clone(), soft_engine(memory)?)
 }
 
 /// From power-on to the end of one machine.

@@ -1,0 +1,430 @@
+//! KVM and another engine as one: KVM runs the contexts that it can deliver every demanded exit of
+//! ([`can_run`]), the other one, which is exact, runs the rest over the same memory and state.
+//!
+//! It also executes what KVM can't: an instruction that KVM fails to emulate, and one that KVM answered with
+//! #UD or #GP although L0 has it (the VMX instructions, CR4.VMXE). For the latter KVM has breakpoints at the
+//! guest's handlers of these vectors; at one, the fault is taken back and the instruction executed again by the
+//! other engine. There it exits, completes, or faults again, and then the fault is the guest's.
+//!
+//! State goes from KVM to the other engine whole, and back as far as it differs. Code that the other engine has
+//! decoded is dropped when it takes over, as KVM's guests write memory unseen.
+//!
+//! Not supported: taking back faults outside of 64-bit kernel code; CR4.VMXE is not seen by a guest that
+//! reads CR4 under KVM, and a write that clears it does not exit; bits of CR0 that VMX operation fixes;
+//! VMX instructions at CPL 3, which are #UD. Breakpoints start when the guest reads IA32_VMX_BASIC, and the guest's
+//! own are without effect from then on.
+
+use std::sync::Arc;
+
+use engine::{
+    Activity, CpuidEntry, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, HandOvers, InvalidateScope,
+    Kick, LinearFault, Vcpu, VmExit,
+};
+use memory::{Gpa, MachineMemory};
+use x86_spec::caps::VmxCapabilities;
+use x86_spec::controls::{EntryControls, PrimaryControls};
+use x86_spec::exception::{GP, UD};
+use x86_spec::exit::ExitReason;
+use x86_spec::interruption::EventType;
+use x86_spec::reg::{efer, gpr, rflags};
+use x86_spec::segment::seg;
+
+use crate::capabilities::PREEMPTION_TIMER_SHIFT;
+use crate::vcpu::Failure;
+use crate::{KvmEngine, KvmVcpu, host_tsc};
+
+/// IA32_VMX_BASIC: whoever is about to use VMX reads the revision identifier in it.
+const IA32_VMX_BASIC: u64 = 0x480;
+/// "No deadline", as L0 says it.
+const NEVER: u32 = u32::MAX;
+
+/// Why KVM can't run a context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotForKvm {
+    /// CPUID and other instructions must exit (the context is not [`engine::Controls::lenient`]).
+    #[error("CPUID and other instructions that KVM keeps to itself must exit")]
+    Strict,
+    /// Exceptions must exit.
+    #[error("exceptions {0:#x} must exit")]
+    Exceptions(u32),
+    /// A primary control asks for what KVM can't do.
+    #[error("KVM has nothing for the control {0:?}")]
+    Control(PrimaryControls),
+    /// The context is not active.
+    #[error("activity state {0:?}")]
+    Activity(Activity),
+}
+
+/// Primary controls that a lenient context may have although KVM keeps their exits to itself.
+const KEPT: PrimaryControls = PrimaryControls::CR8_LOAD_EXITING
+    .union(PrimaryControls::CR8_STORE_EXITING)
+    .union(PrimaryControls::RDPMC_EXITING)
+    .union(PrimaryControls::MWAIT_EXITING)
+    .union(PrimaryControls::MONITOR_EXITING);
+
+/// Whether KVM can run a context of L0 and deliver every exit that it demands.
+///
+/// # Errors
+/// [`NotForKvm`] says what it can't deliver.
+pub fn can_run(vmcs: &EngineVmcs, kvm: &VmxCapabilities) -> Result<(), NotForKvm> {
+    let c = &vmcs.controls;
+    if !c.lenient {
+        return Err(NotForKvm::Strict);
+    }
+    if c.exception_bitmap != 0 {
+        return Err(NotForKvm::Exceptions(c.exception_bitmap));
+    }
+    // Reserved bits that must be 1 mean nothing.
+    let lacking = c.primary - KEPT - PrimaryControls::from_bits_truncate(kvm.primary.may_be_one);
+    if !lacking.is_empty() {
+        return Err(NotForKvm::Control(lacking));
+    }
+    match vmcs.guest.activity {
+        Activity::Active => Ok(()),
+        other => Err(NotForKvm::Activity(other)),
+    }
+}
+
+/// An engine made of KVM and `S`.
+pub struct HybridEngine<S> {
+    kvm: KvmEngine,
+    soft: Arc<S>,
+}
+
+impl<S: Engine> HybridEngine<S> {
+    /// An engine over `memory`, which `soft` runs guests in, too.
+    ///
+    /// # Errors
+    /// As [`KvmEngine::new`].
+    pub fn new(memory: Arc<MachineMemory>, soft: S) -> Result<Self, EngineError> {
+        Ok(Self { kvm: KvmEngine::new(memory)?, soft: Arc::new(soft) })
+    }
+}
+
+impl<S: Engine> Engine for HybridEngine<S> {
+    type Vcpu = HybridVcpu<S>;
+
+    /// Those of the exact engine: it runs what KVM can't.
+    fn capabilities(&self) -> &VmxCapabilities {
+        self.soft.capabilities()
+    }
+
+    fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let (a, b) =
+            (self.kvm.supported_features(leaf, subleaf), self.soft.supported_features(leaf, subleaf));
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+
+    fn tsc_frequency(&self) -> u64 {
+        self.kvm.tsc_frequency()
+    }
+
+    fn tsc(&self) -> u64 {
+        self.kvm.tsc()
+    }
+
+    fn create_vcpu(&self) -> Result<HybridVcpu<S>, EngineError> {
+        let (kvm, soft) = (self.kvm.create_vcpu()?, self.soft.create_vcpu()?);
+        let kick = Arc::new(BothKicks(kvm.kicker(), soft.kicker()));
+        Ok(HybridVcpu {
+            kvm,
+            soft,
+            engine: self.soft.clone(),
+            memory: self.kvm.shared.memory.clone(),
+            capabilities: self.kvm.capabilities().clone(),
+            kick,
+            shown: true,
+            wrote: false,
+            watches: false,
+            breakpoints: [0; 2],
+            count: HandOvers::default(),
+        })
+    }
+
+    fn is_lenient(&self) -> bool {
+        true
+    }
+
+    fn invalidate(&self, scope: InvalidateScope) {
+        self.kvm.invalidate(scope);
+        self.soft.invalidate(scope);
+    }
+}
+
+/// Kicks whichever runs. The other one's next run ends at once, which costs a turn of L0's loop.
+struct BothKicks(Arc<dyn Kick>, Arc<dyn Kick>);
+
+impl Kick for BothKicks {
+    fn kick(&self) {
+        self.0.kick();
+        self.1.kick();
+    }
+}
+
+/// A vCPU of the composed engine.
+pub struct HybridVcpu<S: Engine> {
+    kvm: KvmVcpu,
+    soft: S::Vcpu,
+    engine: Arc<S>,
+    memory: Arc<MachineMemory>,
+    capabilities: VmxCapabilities,
+    kick: Arc<BothKicks>,
+    /// VMCS and registers have the whole state; KVM has run nothing since they got it.
+    shown: bool,
+    /// KVM's guest may have written code that the exact engine has decoded.
+    wrote: bool,
+    /// Faults are to be taken back.
+    watches: bool,
+    /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
+    breakpoints: [u64; 2],
+    count: HandOvers,
+}
+
+impl<S: Engine> HybridVcpu<S> {
+    /// Shows what KVM has.
+    fn show(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<(), Failure> {
+        if !self.shown {
+            self.kvm.show_all(vmcs, regs)?;
+            self.shown = true;
+            // What L0 sets before an entry, and KVM's guest may have changed since.
+            let long = vmcs.guest.efer & efer::LMA != 0;
+            vmcs.controls.entry.set(EntryControls::IA32E_MODE_GUEST, long);
+        }
+        Ok(())
+    }
+
+    fn enter_kvm(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+        let ticks = vmcs.guest.preemption_timer;
+        let deadline = host_tsc().saturating_add(u64::from(ticks) << PREEMPTION_TIMER_SHIFT);
+        loop {
+            // A fault that L0 raises must not be taken back at the handler.
+            if !(self.watches && injects_watched(vmcs)) {
+                if self.shown {
+                    self.kvm.load_vectors(regs)?;
+                }
+                (self.shown, self.wrote) = (false, true);
+                self.watch(vmcs)?;
+                match self.kvm.try_enter(vmcs, regs) {
+                    Err(Failure::Internal { .. }) => {
+                        let (info, code) = self.kvm.undelivered();
+                        (vmcs.controls.entry_interruption, vmcs.controls.entry_error_code) = (info, code);
+                    }
+                    Err(Failure::Breakpoint) => self.take_back(vmcs),
+                    other => {
+                        self.notice(&other, regs);
+                        return other;
+                    }
+                }
+            }
+            let exit = self.step(vmcs, regs)?;
+            if exit.reason != ExitReason::MonitorTrapFlag {
+                return Ok(exit);
+            }
+            if ticks != NEVER {
+                let left = deadline.saturating_sub(host_tsc()) >> PREEMPTION_TIMER_SHIFT;
+                if left == 0 {
+                    return Ok(VmExit::new(ExitReason::PreemptionTimer));
+                }
+                vmcs.guest.preemption_timer = left as u32;
+            }
+        }
+    }
+
+    /// Has the exact engine execute one instruction of a context of KVM's, or deliver the event that waits.
+    fn step(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+        self.show(vmcs, regs)?;
+        self.count.instructions += 1;
+        for (at, len) in self.kvm.code_at(linear_rip(vmcs)) {
+            self.memory.written(at, len);
+        }
+        // KVM's guest changed its tables without a word.
+        self.engine.invalidate(InvalidateScope::Vpid(vmcs.controls.vpid));
+        let exit = self.step_again(vmcs, regs);
+        // A fault that KVM was right about leads to the handler, where the breakpoint is.
+        if exit.reason == ExitReason::MonitorTrapFlag && self.breakpoints.contains(&linear_rip(vmcs)) {
+            return Ok(self.step_again(vmcs, regs));
+        }
+        Ok(exit)
+    }
+
+    fn step_again(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
+        vmcs.controls.primary |= PrimaryControls::MONITOR_TRAP_FLAG;
+        let exit = self.soft.enter(vmcs, regs);
+        vmcs.controls.primary -= PrimaryControls::MONITOR_TRAP_FLAG;
+        exit
+    }
+
+    // ---- faults that are taken back ---------------------------------------------------------------
+
+    /// Notices a guest that is about to use VMX.
+    fn notice(&mut self, exit: &Result<VmExit, Failure>, regs: &GuestRegs) {
+        if let Ok(VmExit { reason: ExitReason::Rdmsr, .. }) = exit
+            && regs.gpr[gpr::RCX] & 0xffff_ffff == IA32_VMX_BASIC
+        {
+            self.watches = true;
+        }
+    }
+
+    /// Keeps KVM's breakpoints at the guest's handlers of #UD and #GP.
+    fn watch(&mut self, vmcs: &mut EngineVmcs) -> Result<(), Failure> {
+        if !self.watches {
+            return Ok(());
+        }
+        let want = [UD, GP].map(|vector| self.handler(vmcs, vector).unwrap_or(0));
+        if want != self.breakpoints {
+            let list: Vec<u64> = want.into_iter().filter(|at| *at != 0).collect();
+            self.kvm.set_breakpoints(&list)?;
+            self.breakpoints = want;
+        }
+        Ok(())
+    }
+
+    /// The offset in a 64-bit IDT's gate (SDM Vol. 3A §6.14.1).
+    fn handler(&self, vmcs: &EngineVmcs, vector: u8) -> Option<u64> {
+        let g = &vmcs.guest;
+        let at = u32::from(vector) * 16;
+        if g.efer & efer::LMA == 0 || at + 15 > g.idtr.limit {
+            return None;
+        }
+        let gate = self.kvm.peek(g.idtr.base.wrapping_add(at.into()), 16)?;
+        let word = |i: usize| u64::from_le_bytes(gate[i..i + 8].try_into().unwrap_or_default());
+        let (low, high) = (word(0), word(8));
+        let present = low >> 47 & 1 != 0;
+        present.then_some(low & 0xffff | low >> 32 & 0xffff_0000 | high << 32)
+    }
+
+    /// At the first instruction of a handler: makes the state that of before the fault, if it was one of 64-bit
+    /// kernel code.
+    fn take_back(&mut self, vmcs: &mut EngineVmcs) {
+        let g = &mut vmcs.guest;
+        let rip = g.rip;
+        let [ud, gp] = self.breakpoints;
+        if rip != ud && rip != gp {
+            return;
+        }
+        // Of the two, #GP pushes an error code.
+        let frame = g.rsp.wrapping_add(if rip == gp { 8 } else { 0 });
+        let Some(bytes) = self.kvm.peek(frame, 40) else { return };
+        let word = |i: usize| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().unwrap_or_default());
+        let [rip, cs, flags, rsp, _ss] = std::array::from_fn(word);
+        if cs & 0xffff != u64::from(g.segments[seg::CS].selector) {
+            return;
+        }
+        (g.rip, g.rsp, g.rflags) = (rip, rsp, flags & !rflags::RF);
+        g.interruptibility &= engine::interruptibility::NMI;
+    }
+}
+
+/// Whether the entry delivers #UD or #GP.
+fn injects_watched(vmcs: &EngineVmcs) -> bool {
+    let info = vmcs.controls.entry_interruption;
+    info.is_valid() && info.event_type() == EventType::HardwareException && matches!(info.vector(), UD | GP)
+}
+
+/// RIP as a linear address.
+fn linear_rip(vmcs: &EngineVmcs) -> u64 {
+    let g = &vmcs.guest;
+    let cs = &g.segments[seg::CS];
+    if g.efer & efer::LMA != 0 && cs.access.long() {
+        g.rip
+    } else {
+        cs.base.wrapping_add(g.rip) & 0xffff_ffff
+    }
+}
+
+impl<S: Engine> Vcpu for HybridVcpu<S> {
+    fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
+        let result = match can_run(vmcs, &self.capabilities) {
+            Ok(()) => self.enter_kvm(vmcs, regs),
+            Err(why) => {
+                tracing::trace!("not for KVM: {why}");
+                self.show(vmcs, regs).map(|()| {
+                    if std::mem::take(&mut self.wrote) {
+                        self.memory.written_anywhere();
+                    }
+                    self.count.entries += 1;
+                    self.soft.enter(vmcs, regs)
+                })
+            }
+        };
+        result.unwrap_or_else(|failure| self.kvm.failed(&failure, vmcs))
+    }
+
+    fn emulate(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Option<VmExit> {
+        if self.kvm.is_open() {
+            return self.kvm.emulate(vmcs, regs, bus);
+        }
+        match self.show(vmcs, regs) {
+            Ok(()) => self.soft.emulate(vmcs, regs, bus),
+            Err(failure) => Some(self.kvm.failed(&failure, vmcs)),
+        }
+    }
+
+    fn settle(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        bus: &mut dyn ExitBus,
+    ) -> Option<VmExit> {
+        if self.kvm.is_unfinished() { self.kvm.settle(vmcs, regs, bus) } else { None }
+    }
+
+    fn read_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &mut [u8],
+    ) -> Result<(), LinearFault> {
+        match self.shown {
+            true => self.soft.read_linear(vmcs, regs, linear, buf),
+            false => self.kvm.read_linear(vmcs, regs, linear, buf),
+        }
+    }
+
+    fn write_linear(
+        &mut self,
+        vmcs: &mut EngineVmcs,
+        regs: &mut GuestRegs,
+        linear: u64,
+        buf: &[u8],
+    ) -> Result<(), LinearFault> {
+        match self.shown {
+            true => self.soft.write_linear(vmcs, regs, linear, buf),
+            false => self.kvm.write_linear(vmcs, regs, linear, buf),
+        }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+
+    /// Of the exact engine alone: KVM does not count.
+    fn instructions(&self) -> u64 {
+        self.soft.instructions()
+    }
+
+    fn translate(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs, linear: u64) -> Option<Gpa> {
+        match self.shown {
+            true => self.soft.translate(vmcs, regs, linear),
+            false => self.kvm.translate(vmcs, regs, linear),
+        }
+    }
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
+        self.kvm.set_cpuid(entries)
+    }
+
+    fn hand_overs(&self) -> HandOvers {
+        self.count
+    }
+
+    fn failure(&self) -> Option<&str> {
+        self.kvm.failure().or_else(|| self.soft.failure())
+    }
+}
