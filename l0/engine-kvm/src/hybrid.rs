@@ -1,6 +1,9 @@
 //! KVM and another engine as one: KVM runs the contexts that it can deliver every demanded exit of
 //! ([`can_run`]), the other one, which is exact, runs the rest over the same memory and state.
 //!
+//! Kernel code with vector instructions, which such KVMs do not emulate at all, would go back and forth
+//! all the time: after a few instructions in a row the other engine goes on for a millisecond.
+//!
 //! It also executes what KVM can't: an instruction that KVM fails to emulate, and one that KVM answered with
 //! #UD or #GP although L0 has it (the VMX instructions, CR4.VMXE). For the latter KVM has breakpoints at the
 //! guest's handlers of these vectors; at one, the fault is taken back and the instruction executed again by the
@@ -9,16 +12,17 @@
 //! State goes from KVM to the other engine whole, and back as far as it differs. Code that the other engine has
 //! decoded is dropped when it takes over, as KVM's guests write memory unseen.
 //!
-//! Not supported: taking back faults outside of 64-bit kernel code; CR4.VMXE is not seen by a guest that
-//! reads CR4 under KVM, and a write that clears it does not exit; bits of CR0 that VMX operation fixes;
-//! VMX instructions at CPL 3, which are #UD. Breakpoints start when the guest reads IA32_VMX_BASIC, and the guest's
-//! own are without effect from then on.
+//! CR4.VMXE is in KVM's CR4 where KVM takes it, which it does when it could do VMX itself.
+//!
+//! Not supported: taking back faults of 16- and 32-bit kernels; CR4.VMXE on other hosts: a guest that reads CR4
+//! under KVM sees 0, and a write that clears it does not exit; writes to CR0 and CR4 that VMX operation forbids; a
+//! guest's own breakpoints from when it reads IA32_VMX_BASIC, when ours start.
 
 use std::sync::Arc;
 
 use engine::{
-    Activity, CpuidEntry, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, HandOvers, InvalidateScope,
-    Kick, LinearFault, Vcpu, VmExit,
+    Activity, CpuidEntry, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, GuestState, HandOvers,
+    InvalidateScope, Kick, LinearFault, Segment, Vcpu, VmExit,
 };
 use memory::{Gpa, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
@@ -26,8 +30,8 @@ use x86_spec::controls::{EntryControls, PrimaryControls};
 use x86_spec::exception::{GP, UD};
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::EventType;
-use x86_spec::reg::{efer, gpr, rflags};
-use x86_spec::segment::seg;
+use x86_spec::reg::{cr4, efer, gpr, rflags};
+use x86_spec::segment::{AccessRights, seg};
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
 use crate::vcpu::Failure;
@@ -35,6 +39,12 @@ use crate::{KvmEngine, KvmVcpu, host_tsc};
 
 /// IA32_VMX_BASIC: whoever is about to use VMX reads the revision identifier in it.
 const IA32_VMX_BASIC: u64 = 0x480;
+/// After so many single instructions without a pause the exact engine goes on for a while.
+const STREAK: u32 = 4;
+/// A pause, in ticks of the TSC: some hundred instructions of a KVM that emulates them.
+const PAUSE: u64 = 200_000;
+/// How long it goes on, in ticks of the preemption timer: about a millisecond.
+const QUANTUM: u32 = 1 << 16;
 /// "No deadline", as L0 says it.
 const NEVER: u32 = u32::MAX;
 
@@ -137,6 +147,9 @@ impl<S: Engine> Engine for HybridEngine<S> {
             wrote: false,
             watches: false,
             breakpoints: [0; 2],
+            takes_vmxe: false,
+            stepped: 0,
+            streak: 0,
             count: HandOvers::default(),
         })
     }
@@ -177,6 +190,11 @@ pub struct HybridVcpu<S: Engine> {
     watches: bool,
     /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
     breakpoints: [u64; 2],
+    /// KVM takes CR4.VMXE.
+    takes_vmxe: bool,
+    /// When the exact engine last ran a context of KVM's, by the TSC, and how often in a row it did.
+    stepped: u64,
+    streak: u32,
     count: HandOvers,
 }
 
@@ -204,7 +222,10 @@ impl<S: Engine> HybridVcpu<S> {
                 }
                 (self.shown, self.wrote) = (false, true);
                 self.watch(vmcs)?;
-                match self.kvm.try_enter(vmcs, regs) {
+                self.show_vmxe(vmcs);
+                let result = self.kvm.try_enter(vmcs, regs);
+                self.hide_vmxe(vmcs);
+                match result {
                     Err(Failure::Internal { .. }) => {
                         let (info, code) = self.kvm.undelivered();
                         (vmcs.controls.entry_interruption, vmcs.controls.entry_error_code) = (info, code);
@@ -216,18 +237,41 @@ impl<S: Engine> HybridVcpu<S> {
                     }
                 }
             }
-            let exit = self.step(vmcs, regs)?;
-            if exit.reason != ExitReason::MonitorTrapFlag {
-                return Ok(exit);
+            let exit = if self.is_streak() { self.go_on(vmcs, regs)? } else { self.step(vmcs, regs)? };
+            self.stepped = host_tsc();
+            let left = match ticks {
+                NEVER => NEVER,
+                _ => (deadline.saturating_sub(self.stepped) >> PREEMPTION_TIMER_SHIFT) as u32,
+            };
+            vmcs.guest.preemption_timer = left;
+            match exit.reason {
+                ExitReason::MonitorTrapFlag => {}
+                ExitReason::PreemptionTimer if left > 0 => {}
+                _ => return Ok(exit),
             }
-            if ticks != NEVER {
-                let left = deadline.saturating_sub(host_tsc()) >> PREEMPTION_TIMER_SHIFT;
-                if left == 0 {
-                    return Ok(VmExit::new(ExitReason::PreemptionTimer));
-                }
-                vmcs.guest.preemption_timer = left as u32;
+            if left == 0 {
+                return Ok(VmExit::new(ExitReason::PreemptionTimer));
             }
         }
+    }
+
+    /// Whether KVM has just failed several times in a row.
+    fn is_streak(&mut self) -> bool {
+        let pause = host_tsc().saturating_sub(self.stepped);
+        self.streak = if pause < PAUSE { self.streak.saturating_add(1) } else { 0 };
+        self.streak >= STREAK
+    }
+
+    /// Has the exact engine run a context of KVM's for a while.
+    fn go_on(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+        self.show(vmcs, regs)?;
+        self.count.entries += 1;
+        if std::mem::take(&mut self.wrote) {
+            self.memory.written_anywhere();
+        }
+        self.engine.invalidate(InvalidateScope::Vpid(vmcs.controls.vpid));
+        vmcs.guest.preemption_timer = vmcs.guest.preemption_timer.min(QUANTUM);
+        Ok(self.soft.enter(vmcs, regs))
     }
 
     /// Has the exact engine execute one instruction of a context of KVM's, or deliver the event that waits.
@@ -252,6 +296,23 @@ impl<S: Engine> HybridVcpu<S> {
         let exit = self.soft.enter(vmcs, regs);
         vmcs.controls.primary -= PrimaryControls::MONITOR_TRAP_FLAG;
         exit
+    }
+
+    /// L0 has CR4.VMXE in the read shadow alone; KVM, where it takes the bit, in CR4.
+    fn show_vmxe(&self, vmcs: &mut EngineVmcs) {
+        let g = &mut vmcs.guest;
+        g.cr4 &= !cr4::VMXE;
+        if self.takes_vmxe {
+            g.cr4 |= vmcs.controls.cr4_shadow & cr4::VMXE;
+        }
+    }
+
+    fn hide_vmxe(&self, vmcs: &mut EngineVmcs) {
+        if self.takes_vmxe {
+            let shadow = &mut vmcs.controls.cr4_shadow;
+            *shadow = *shadow & !cr4::VMXE | vmcs.guest.cr4 & cr4::VMXE;
+            vmcs.guest.cr4 &= !cr4::VMXE;
+        }
     }
 
     // ---- faults that are taken back ---------------------------------------------------------------
@@ -293,8 +354,23 @@ impl<S: Engine> HybridVcpu<S> {
         present.then_some(low & 0xffff | low >> 32 & 0xffff_0000 | high << 32)
     }
 
-    /// At the first instruction of a handler: makes the state that of before the fault, if it was one of 64-bit
-    /// kernel code.
+    /// The code or data segment of a selector in the GDT (SDM Vol. 3A §3.4.5).
+    fn descriptor(&self, g: &GuestState, selector: u16) -> Option<Segment> {
+        let at = u32::from(selector & !7);
+        // Selectors of the LDT are not looked up.
+        if selector & 4 != 0 || at + 7 > g.gdtr.limit {
+            return None;
+        }
+        let bytes = self.kvm.peek(g.gdtr.base.wrapping_add(at.into()), 8)?;
+        let d = u64::from_le_bytes(bytes.try_into().ok()?);
+        let access = AccessRights::from_descriptor_high((d >> 32) as u32);
+        let limit = (d & 0xffff | d >> 32 & 0xf_0000) as u32;
+        let limit = if access.0 & AccessRights::G != 0 { limit << 12 | 0xfff } else { limit };
+        let base = d >> 16 & 0xff_ffff | d >> 32 & 0xff00_0000;
+        (access.is_code_or_data() && access.present()).then_some(Segment { base, limit, access, selector })
+    }
+
+    /// At the first instruction of a handler: makes the state that of before the fault, if that can be told.
     fn take_back(&mut self, vmcs: &mut EngineVmcs) {
         let g = &mut vmcs.guest;
         let rip = g.rip;
@@ -306,9 +382,12 @@ impl<S: Engine> HybridVcpu<S> {
         let frame = g.rsp.wrapping_add(if rip == gp { 8 } else { 0 });
         let Some(bytes) = self.kvm.peek(frame, 40) else { return };
         let word = |i: usize| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().unwrap_or_default());
-        let [rip, cs, flags, rsp, _ss] = std::array::from_fn(word);
-        if cs & 0xffff != u64::from(g.segments[seg::CS].selector) {
-            return;
+        let [rip, cs, flags, rsp, ss] = std::array::from_fn(word);
+        if cs as u16 != g.segments[seg::CS].selector {
+            let (Some(cs), Some(ss)) = (self.descriptor(g, cs as u16), self.descriptor(g, ss as u16)) else {
+                return;
+            };
+            (g.segments[seg::CS], g.segments[seg::SS]) = (cs, ss);
         }
         (g.rip, g.rsp, g.rflags) = (rip, rsp, flags & !rflags::RF);
         g.interruptibility &= engine::interruptibility::NMI;
@@ -320,6 +399,9 @@ fn injects_watched(vmcs: &EngineVmcs) -> bool {
     let info = vmcs.controls.entry_interruption;
     info.is_valid() && info.event_type() == EventType::HardwareException && matches!(info.vector(), UD | GP)
 }
+
+#[cfg(test)]
+mod tests;
 
 /// RIP as a linear address.
 fn linear_rip(vmcs: &EngineVmcs) -> u64 {
@@ -371,7 +453,12 @@ impl<S: Engine> Vcpu for HybridVcpu<S> {
         regs: &mut GuestRegs,
         bus: &mut dyn ExitBus,
     ) -> Option<VmExit> {
-        if self.kvm.is_unfinished() { self.kvm.settle(vmcs, regs, bus) } else { None }
+        if !self.kvm.is_unfinished() {
+            return None;
+        }
+        let exit = self.kvm.settle(vmcs, regs, bus);
+        self.hide_vmxe(vmcs);
+        exit
     }
 
     fn read_linear(
@@ -417,11 +504,13 @@ impl<S: Engine> Vcpu for HybridVcpu<S> {
     }
 
     fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
-        self.kvm.set_cpuid(entries)
+        self.kvm.set_cpuid(entries)?;
+        self.takes_vmxe = self.kvm.takes_cr4(cr4::VMXE)?;
+        Ok(())
     }
 
-    fn hand_overs(&self) -> HandOvers {
-        self.count
+    fn hand_overs(&self) -> Option<HandOvers> {
+        Some(self.count)
     }
 
     fn failure(&self) -> Option<&str> {

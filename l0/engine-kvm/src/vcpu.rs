@@ -20,7 +20,8 @@ use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
     KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_USE_HW_BP, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_guest_debug, kvm_msr_entry, kvm_run, kvm_xcrs,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_guest_debug, kvm_msr_entry, kvm_run, kvm_sregs,
+    kvm_xcrs,
 };
 use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 use memory::{Gpa, MachineAddr};
@@ -413,6 +414,15 @@ impl KvmVcpu {
             debug.arch.debugreg[7] |= 2 << (2 * i);
         }
         self.fd.set_guest_debug(&debug).map_err(host("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// Whether KVM takes these bits of CR4, in the state after RESET.
+    pub(crate) fn takes_cr4(&self, bits: u64) -> Result<bool, EngineError> {
+        let before = self.fd.get_sregs().map_err(host("KVM_GET_SREGS"))?;
+        let changed = kvm_sregs { cr4: before.cr4 | bits, ..before };
+        let takes = self.fd.set_sregs(&changed).is_ok();
+        self.fd.set_sregs(&before).map_err(host("KVM_SET_SREGS"))?;
+        Ok(takes)
     }
 
     /// Whether [`Vcpu::emulate`] is to answer an access.

@@ -250,8 +250,8 @@ pub trait Vcpu: Send {
     }
 
     /// How often the engine handed the guest to another one, for engines that are made of two.
-    fn hand_overs(&self) -> HandOvers {
-        HandOvers::default()
+    fn hand_overs(&self) -> Option<HandOvers> {
+        None
     }
 
     /// Why the last VM entry failed, in words, where the engine knows more than the exit says.

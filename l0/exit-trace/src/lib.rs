@@ -17,5 +17,6 @@ mod table;
 pub use record::{Exit, Level, Recorder};
 pub use statistics::Statistics;
 pub use summary::{
-    Caused, ForwardedRow, Instructions, Latency, Row, Summary, TimeShares, VcpuSummary, VmcsAccesses,
+    Caused, ForwardedRow, HandOvers, Instructions, Latency, Row, Summary, TimeShares, VcpuSummary,
+    VmcsAccesses,
 };

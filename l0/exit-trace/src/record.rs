@@ -7,7 +7,7 @@ use x86_spec::exit::ExitReason;
 use x86_spec::interruption::InterruptionInfo;
 
 use crate::Statistics;
-use crate::summary::{Instructions, VcpuSummary, VmcsAccesses};
+use crate::summary::{HandOvers, Instructions, VcpuSummary, VmcsAccesses};
 
 /// How many exits a [`Recorder`] remembers, for a crash report.
 pub const LAST: usize = 32;
@@ -145,6 +145,8 @@ pub struct Recorder {
     instructions: Instructions,
     /// VMREADs and VMWRITEs without exits, where the engine counts them.
     pub vmcs_accesses: Option<VmcsAccesses>,
+    /// What one part of the engine left to the other, where it has two.
+    pub hand_overs: Option<HandOvers>,
 }
 
 impl Recorder {
@@ -200,6 +202,7 @@ impl Recorder {
         let mut s = self.statistics.summary(cpu);
         s.instructions = (self.counted > 0).then_some(self.instructions);
         s.vmcs_accesses = self.vmcs_accesses;
+        s.hand_overs = self.hand_overs;
         s
     }
 }

@@ -246,6 +246,7 @@ impl Statistics {
             time: self.time,
             instructions: None,
             vmcs_accesses: None,
+            hand_overs: None,
             l1: rows(&self.l1),
             l2_kept: rows(&self.kept),
             l2_forwarded,

@@ -64,6 +64,9 @@ pub struct VcpuSummary {
     pub instructions: Option<Instructions>,
     /// L1's VMREADs and VMWRITEs that did not exit, where the engine counts them.
     pub vmcs_accesses: Option<VmcsAccesses>,
+    /// What KVM left to the software engine, where both run the guest.
+    #[serde(default)]
+    pub hand_overs: Option<HandOvers>,
     /// Exits of L1, the most expensive reason first.
     pub l1: Vec<Row>,
     /// Exits of L2 that L0 handled without L1.
@@ -99,6 +102,15 @@ pub struct Instructions {
     pub l1: u64,
     /// L2's.
     pub l2: u64,
+}
+
+/// What one engine left to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOvers {
+    /// Single instructions that it could not execute.
+    pub instructions: u64,
+    /// Entries of contexts that it could not run.
+    pub entries: u64,
 }
 
 /// Accesses of L1 to its VMCS that did not exit.

@@ -137,6 +137,13 @@ impl VcpuSummary {
         if let Some(v) = self.vmcs_accesses {
             writeln!(f, "without an exit: {} VMREADs, {} VMWRITEs", v.vmreads, v.vmwrites)?;
         }
+        if let Some(h) = self.hand_overs {
+            writeln!(
+                f,
+                "left by KVM to the software engine: {} single instructions, {} entries",
+                h.instructions, h.entries
+            )?;
+        }
         let guest_ns = self.time.l1_ns + self.time.l2_ns;
         if let Some(i) = self.instructions
             && guest_ns > 0
@@ -192,6 +199,14 @@ mod tests {
         ] {
             assert!(text.contains(section), "{section}: {text}");
         }
+    }
+
+    #[test]
+    fn what_kvm_left_to_the_software_engine_is_shown() {
+        let mut r = Recorder::default();
+        r.hand_overs = Some(crate::HandOvers { instructions: 12, entries: 34 });
+        let text = r.summary(0).to_string();
+        assert!(text.contains("software engine: 12 single instructions, 34 entries"), "{text}");
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn unexpected<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
 /// VM entry with VMCS01 failed (SDM Vol. 3C §27.8): L0 built a state that it must not.
 fn failed_entry<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
     if let Some(why) = cpu.vcpu.failure() {
-        return Outcome::End(RunEnd::Internal(format!("the engine can't go on: {why}")));
+        return Outcome::End(RunEnd::Engine(why.to_owned()));
     }
     let g = &cpu.vmcs.guest;
     Outcome::End(RunEnd::Internal(format!(

@@ -44,6 +44,8 @@ pub enum RunEnd {
     Crash(Box<CrashReport>),
     /// [`crate::VmHandle::stop`] was called.
     Stopped,
+    /// The engine can't go on with this guest on this host, and why.
+    Engine(String),
     /// L0 or the engine did what it must not.
     Internal(String),
 }
@@ -291,7 +293,12 @@ impl<E: Engine> VcpuLoop<E> {
         let now = self.vm.engine().tsc();
         if let Some(exit) = self.account.handled(now) {
             let instructions = self.vcpu.instructions();
-            self.vm.handle().with_recorder(self.index, |r| r.exit(exit, instructions));
+            let handed = self.vcpu.hand_overs();
+            self.vm.handle().with_recorder(self.index, |r| {
+                r.exit(exit, instructions);
+                r.hand_overs = handed
+                    .map(|h| exit_trace::HandOvers { instructions: h.instructions, entries: h.entries });
+            });
         }
     }
 

@@ -211,11 +211,9 @@ fn kvm_engine_report() -> EngineReport {
     match engine_kvm::probe() {
         Ok(p) => {
             let limits = if p.kernel_code {
-                "runs guests that are not hypervisors".into()
+                "runs L1 on the processor, its VMX instructions and its guests in the software engine"
             } else {
-                "KVM emulates guests' kernel code, slowly and not completely: stock kernels end in an \
-                 emulation failure"
-                    .to_owned()
+                "KVM emulates guests' kernel code, slowly; what it lacks the software engine executes"
             };
             let detail = format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000);
             match measure(KvmEngine::new) {

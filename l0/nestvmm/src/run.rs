@@ -113,6 +113,10 @@ fn run_machines(
             RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
             RunEnd::DebugExit(status) => return Ok(End::Status(status as u8)),
             RunEnd::Stopped => return Ok(End::Status(session.ending().unwrap_or(status::INTERNAL))),
+            RunEnd::Engine(why) => {
+                let remedy = "--engine soft runs the guest without KVM";
+                return Err(Failure::host(format!("the engine can't go on: {why}; {remedy}")));
+            }
             RunEnd::Internal(what) => {
                 return Err(Failure::internal(format!("internal error: {what}; please report this")));
             }

@@ -136,7 +136,7 @@ pub fn enter_from_32_bit(ctx: &Ctx, code: u64, change: impl FnOnce(&mut Vm) -> O
     for i in 0..1024_u32 {
         memory::write(page_directory + 4 * u64::from(i), i << 22 | 0x87);
     }
-    let cr4 = cpu::cr4() & !0x20 | 0x10;
+    let cr4 = (cpu::cr4() | ctx.caps.cr4_fixed[0]) & !0x20 | 0x10;
     vm.and(EXIT_CTL, !exit::HOST_64)?;
     vm.and(ENTRY_CTL, !entry::IA32E)?;
     vm.segments([0x18, 0x10], super::vm::CODE32, super::vm::DATA)?;

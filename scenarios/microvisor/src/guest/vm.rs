@@ -284,7 +284,7 @@ impl Vm {
             (HOST_TR, trap::L1_TR.into()),
             (HOST_CR0, cpu::cr0()),
             (HOST_CR3, cpu::cr3()),
-            (HOST_CR4, cpu::cr4()),
+            (HOST_CR4, cpu::cr4() | self.caps.cr4_fixed[0]),
             (HOST_FS_BASE, cpu::msr(cpu::MSR_FS_BASE)),
             (HOST_GS_BASE, cpu::msr(cpu::MSR_GS_BASE)),
             (HOST_TR_BASE, trap::tss_base()),
@@ -303,7 +303,7 @@ impl Vm {
         for (field, value) in [
             (GUEST_CR0, cpu::cr0()),
             (GUEST_CR3, cpu::cr3()),
-            (GUEST_CR4, cpu::cr4()),
+            (GUEST_CR4, cpu::cr4() | self.caps.cr4_fixed[0]),
             (GUEST_DR7, 0x400),
             (GUEST_RSP, self.stack + 4096),
             (GUEST_RIP, self.code),
