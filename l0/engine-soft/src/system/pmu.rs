@@ -5,6 +5,10 @@
 //! at RDPMC, and, where counters tell CPL 0 from the others, at each change between these. An overflow
 //! is waited for with the limit of the run loop, so that its interrupt comes at the end of a block.
 //!
+//! Time in which the host ran something else is no cycle of the guest's, at least where it is long enough to
+//! be told from the guest's own ([`AWAY_PARTS`]): else a guest's NMI watchdog would take a stopped or
+//! starved program for a lockup.
+//!
 //! The registers are written outside the engine only: WRMSR has to exit. The interrupt request is in
 //! [`engine::Pmu::interrupt`] at an exit with the reason "external interrupt", since the local APIC
 //! is outside, too.
@@ -13,8 +17,12 @@ use engine::VmExit;
 use engine::pmu::CounterSets;
 use x86_spec::exit::ExitReason;
 
-use super::capabilities::host_tsc;
+use super::capabilities::{host_tsc, tsc_frequency};
 use crate::cpu::{Cpu, Exec};
+
+/// The run loop looks at the clock every few thousand instructions, tens of microseconds apart. If it
+/// was more than this part of a second, 2 ms, the host ran something else.
+const AWAY_PARTS: u64 = 500;
 
 /// What is counted now, and since when.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +39,8 @@ pub struct Counting {
     retired: u64,
     /// TSC up to which the counters are up to date.
     tsc: u64,
+    /// TSC at the last look at the clock.
+    seen: u64,
     /// [`Cpu::icount`] at which a counter of instructions overflows.
     pub(crate) limit: u64,
     /// TSC at which a counter of cycles overflows.
@@ -49,9 +59,22 @@ impl Default for Counting {
             sets: CounterSets::default(),
             retired: 0,
             tsc: 0,
+            seen: 0,
             limit: u64::MAX,
             deadline: u64::MAX,
             not_retired: 0,
+        }
+    }
+}
+
+impl Counting {
+    /// A look at the clock, at `now`. Moves what is to come past the time that was not the guest's.
+    fn look(&mut self, now: u64) {
+        let since = now.saturating_sub(self.seen);
+        self.seen = now;
+        if since > tsc_frequency() / AWAY_PARTS {
+            self.tsc = self.tsc.saturating_add(since);
+            self.deadline = self.deadline.saturating_add(since);
         }
     }
 }
@@ -114,12 +137,14 @@ impl Cpu {
 
     /// Counts what happened up to the instruction with this number.
     fn count_until(&mut self, retired: u64) {
-        let c = &self.counting;
+        let c = &mut self.counting;
         if c.sets.instructions != 0 {
             self.pmu.count(c.sets.instructions, retired.wrapping_sub(c.retired));
         }
         if c.sets.cycles != 0 {
-            self.pmu.count(c.sets.cycles, host_tsc().saturating_sub(c.tsc));
+            let now = host_tsc();
+            c.look(now);
+            self.pmu.count(c.sets.cycles, now.saturating_sub(c.tsc));
         }
         if self.pmu.interrupt {
             self.request_event_check();
@@ -133,7 +158,7 @@ impl Cpu {
         let tsc = if sets.cycles != 0 { host_tsc() } else { 0 };
         let limit = self.icount.saturating_add(self.pmu.room(sets.instructions));
         let deadline = tsc.saturating_add(self.pmu.room(sets.cycles));
-        self.counting = Counting { user, sets, retired, tsc, limit, deadline, ..self.counting };
+        self.counting = Counting { user, sets, retired, tsc, seen: tsc, limit, deadline, ..self.counting };
         // Others lower the limit, too: it is never raised here.
         self.shared.limit.fetch_min(limit, std::sync::atomic::Ordering::SeqCst);
     }
@@ -141,11 +166,17 @@ impl Cpu {
 
 /// Counters that overflowed: the exit that brings their interrupt to the local APIC.
 pub(super) fn overflow(cpu: &mut Cpu) -> Exec {
-    let c = &cpu.counting;
+    let c = &mut cpu.counting;
     if !c.on {
         return Ok(());
     }
-    if cpu.icount >= c.limit || c.sets.cycles != 0 && host_tsc() >= c.deadline {
+    let mut due = cpu.icount >= c.limit;
+    if c.sets.cycles != 0 {
+        let now = host_tsc();
+        c.look(now);
+        due |= now >= c.deadline;
+    }
+    if due {
         let now = cpu.retired();
         cpu.count_until(now);
         cpu.count_from(now);
@@ -264,6 +295,24 @@ mod tests {
         g.expect(ExitReason::ExternalInterrupt);
         assert!(g.regs.pmu.interrupt && g.regs.pmu.global_status == 1 << 33);
         assert_eq!(g.regs.pmu.fixed[0], 0);
+    }
+
+    #[test]
+    fn cycles_are_not_those_of_others() {
+        const LONG: u64 = 1 << 45;
+        let mut g = Guest::long(&[]);
+        let cpu = g.vcpu.cpu();
+        cpu.pmu.fixed_control = 0x30;
+        cpu.pmu.fixed[1] = COUNTER - LONG / 2;
+        cpu.perf_global_ctrl = 1 << 33;
+        cpu.start_counting();
+        // The last look was hours ago.
+        let c = &mut cpu.counting;
+        (c.seen, c.tsc, c.deadline) = (c.seen - LONG, c.tsc - LONG, c.deadline - LONG);
+        assert!(overflow(cpu).is_ok());
+        cpu.stop_counting();
+        assert_eq!(cpu.pmu.global_status, 0);
+        assert!((COUNTER - LONG / 2..COUNTER).contains(&cpu.pmu.fixed[1]), "{:#x}", cpu.pmu.fixed[1]);
     }
 
     #[test]
