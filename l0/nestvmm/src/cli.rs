@@ -30,6 +30,8 @@ pub struct Cli {
 pub enum Command {
     /// Boot a disk image or a kernel
     Run(Box<RunArgs>),
+    /// Boot L1, boot L2 in it, run a few commands there, and sum up what it took
+    Demo(DemoArgs),
     /// Say what this host offers and which engine would be used
     Doctor(DoctorArgs),
     /// Build an image, or show what is in one
@@ -365,6 +367,15 @@ pub struct RunArgs {
     /// When the guest resets the machine
     #[arg(long, value_enum, default_value_t = OnReset::Reboot)]
     pub on_reset: OnReset,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Image of `nestvmm image build`; built there if it is missing [default: one that is kept in
+    /// nestvmm's cache directory and built anew when it is older than the program]
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
 }
 
 /// Arguments of `doctor`.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cli::ConsoleTarget;
+use crate::interrupt;
 use crate::session::Session;
 use crate::status::Failure;
 use crate::terminal::{EscapeParser, Key};
@@ -74,14 +75,16 @@ impl Write for Output {
     }
 }
 
-/// A socket's file, removed when the run ends.
-#[derive(Debug)]
-pub struct SocketFile(PathBuf);
+/// A socket's file, removed when the run ends in whatever way.
+struct SocketFile {
+    path: PathBuf,
+    _guard: interrupt::Guard,
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
         // It may be gone already.
-        let _ = std::fs::remove_file(&self.0);
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -116,12 +119,19 @@ impl Console {
                 })?;
                 plain(Sink::File(file), false)
             }
-            ConsoleTarget::Unix(path) => Self {
-                output: Output::new(Sink::Socket(None)),
-                listener: Some(listen(path)?),
-                reads_stdin: false,
-                _socket_file: Some(SocketFile(path.clone())),
-            },
+            ConsoleTarget::Unix(path) => {
+                let remove = |_: &UnixListener| -> interrupt::Undo {
+                    let path = path.clone();
+                    Box::new(move || drop(std::fs::remove_file(path)))
+                };
+                let (listener, guard) = interrupt::guarded(|| listen(path), remove)?;
+                Self {
+                    output: Output::new(Sink::Socket(None)),
+                    listener: Some(listener),
+                    reads_stdin: false,
+                    _socket_file: Some(SocketFile { path: path.clone(), _guard: guard }),
+                }
+            }
         })
     }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::cli::{BuildArgs, Compression, ImageCommand, OnOff};
 use crate::image::{self, BuildOptions, ImageError, InitrdCompression, Inspection, L2Options};
+use crate::interrupt;
 use crate::status::Failure;
 
 /// Does what `command` says.
@@ -12,7 +13,12 @@ use crate::status::Failure;
 /// [`Failure`] with the status to end with.
 pub fn image(command: ImageCommand) -> Result<(), Failure> {
     match command {
-        ImageCommand::Build(args) => println!("{}", image::build(options(*args)).map_err(failure)?),
+        ImageCommand::Build(args) => {
+            interrupt::handle_signals()?;
+            let report = image::build(options(*args));
+            interrupt::settle();
+            println!("{}", report.map_err(failure)?);
+        }
         ImageCommand::Inspect { image: path } => println!("{}", inspect(&path)?),
     }
     Ok(())

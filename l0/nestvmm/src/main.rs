@@ -4,10 +4,12 @@ mod bench;
 mod cli;
 mod console;
 mod crash;
+mod demo;
 mod doctor;
 mod exec;
 mod image;
 mod image_command;
+mod interrupt;
 mod run;
 mod scenario;
 mod session;
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
     restore_terminal_on_panic();
     let result = match parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Demo(args) => demo::demo(&args),
         Command::ServeExec { port } => exec::guest::serve(&port).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
         Command::Bench(command) => bench::bench(&command).map(|()| 0),

@@ -54,6 +54,9 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
         ));
     }
     check_host_memory(args.memory.0)?;
+    // Before anything is made that a signal must not leave behind.
+    let session = Arc::new(Session::default());
+    session.start_signals()?;
     let mut files = BootFiles::load(args)?;
     let target = match (&args.console, exec) {
         (Some(ConsoleTarget::Stdio), Some(_)) => {
@@ -66,8 +69,6 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
         (None, None) => &ConsoleTarget::Stdio,
     };
     let mut console = Console::open(target)?;
-    let session = Arc::new(Session::default());
-    session.start_signals()?;
     if let Some(exec) = exec {
         Exec::check_initrd(files.initrd.as_ref())?;
         files.command_line = Some(Exec::command_line(files.command_line.as_deref()));

@@ -4,14 +4,17 @@ use std::fs::Permissions;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hypervisor::VmHandle;
 use machine::Pc;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGSTOP, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
+use crate::interrupt;
 use crate::status::{self, Failure};
 use crate::terminal::{self, Escape, KEYS};
 
@@ -64,6 +67,17 @@ pub struct Session {
     /// `running` or `ending` changed.
     changed: Condvar,
     ending: Mutex<Option<u8>>,
+    /// Which of SIGTSTP and SIGCONT came last.
+    job_control: Arc<AtomicUsize>,
+}
+
+/// How long a signal that ends the run waits for the guest to stop.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Ends the program at once.
+fn give_up(status: u8) -> ! {
+    terminal::restore();
+    interrupt::exit(status)
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -181,6 +195,11 @@ impl Session {
     pub fn start_signals(self: &Arc<Self>) -> Result<(), Failure> {
         let refuse = |e: std::io::Error| Failure::host(format!("can't handle signals: {e}"));
         let list = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGTSTP, SIGCONT];
+        for signal in [SIGTSTP, SIGCONT] {
+            // First, so that it is up to date when the thread below hears of the signal.
+            let number = usize::try_from(signal).unwrap_or_default();
+            flag::register_usize(signal, self.job_control.clone(), number).map_err(refuse)?;
+        }
         let mut signals = Signals::new(list).map_err(refuse)?;
         let session = self.clone();
         let body = move || signals.forever().for_each(|s| session.signal(s));
@@ -195,18 +214,39 @@ impl Session {
             }
             SIGUSR2 => self.print_vmcs(),
             SIGCONT => terminal::resume(),
-            SIGTSTP => {
-                terminal::restore();
-                if let Err(e) = signal_hook::low_level::emulate_default_handler(SIGTSTP) {
-                    tracing::warn!("can't stop: {e}");
-                }
-            }
+            SIGTSTP => self.stop_process(),
             _ if self.ending().is_some() => {
                 // A second one: do not wait for the guest any longer.
-                terminal::restore();
-                std::process::exit(status::signalled(signal).into());
+                give_up(status::signalled(signal));
             }
-            _ => self.end(status::signalled(signal)),
+            _ => {
+                let status = status::signalled(signal);
+                self.end(status);
+                // The guest stops soon, unless its thread waits for somebody to read what it prints.
+                let body = move || {
+                    std::thread::sleep(GRACE);
+                    give_up(status);
+                };
+                if std::thread::Builder::new().name("grace".into()).spawn(body).is_err() {
+                    give_up(status);
+                }
+            }
         }
+    }
+
+    /// Stops the process as SIGTSTP does by default, with the terminal lent back.
+    fn stop_process(&self) {
+        // Of several signals that are pending, the thread hears in no particular order. What counts is
+        // which came last: a SIGCONT ends a stop, also one that has not begun.
+        let continued = usize::try_from(SIGCONT).unwrap_or_default();
+        if self.job_control.load(Ordering::SeqCst) == continued {
+            return;
+        }
+        terminal::restore();
+        if let Err(e) = signal_hook::low_level::raise(SIGSTOP) {
+            tracing::warn!("can't stop: {e}");
+        }
+        // Here it goes on. SIGCONT says so too, maybe later.
+        terminal::resume();
     }
 }

@@ -3,6 +3,7 @@
 //! Own statuses are even: what isa-debug-exit gives, `(value << 1) | 1`, is always odd.
 
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// The guest powered off.
@@ -88,7 +89,8 @@ impl Failure {
 
     /// Prints the message and gives the status.
     pub fn report(&self) -> ExitCode {
-        eprintln!("nestvmm: {}", self.message);
+        // Nothing can be done when standard error is gone, as with a closed terminal.
+        let _ = writeln!(std::io::stderr(), "nestvmm: {}", self.message);
         ExitCode::from(self.status)
     }
 }

@@ -261,6 +261,49 @@ fn ctrl_c_and_doubled_ctrl_a_reach_the_guest() {
     );
 }
 
+/// Writes to the serial port for ever: out dx, al; jmp.
+const FLOOD: [u8; 3] = [0xee, 0xeb, 0xfd];
+
+#[test]
+fn a_guest_whose_output_nobody_reads_can_be_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let k = kernel(dir.path(), &[&print("up\n"), &FLOOD]);
+    let mut child = command(&k, &[]).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    wait_for(&mut stdout, "up\n");
+    // The pipe is full when it grows no more; the vCPU's thread waits for a reader then.
+    let filled = || rustix::io::ioctl_fionread(&stdout).unwrap();
+    let capacity = rustix::pipe::fcntl_getpipe_size(&stdout).unwrap() as u64;
+    while filled() < capacity - 4096 {
+        std::thread::yield_now();
+    }
+    signal(&child, Signal::TERM);
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+}
+
+#[test]
+fn a_second_signal_ends_at_once_and_removes_the_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let k = kernel(dir.path(), &[&FLOOD]);
+    let option = format!("unix:{}", socket.display());
+    let mut child = command(&k, &["--console", &option]).spawn().unwrap();
+    // A client that connects and does not read holds the guest up.
+    let client = loop {
+        match UnixStream::connect(&socket) {
+            Ok(c) => break c,
+            Err(e) => assert!(child.try_wait().unwrap().is_none(), "{e}"),
+        }
+    };
+    signal(&child, Signal::TERM);
+    signal(&child, Signal::INT);
+    let status = child.wait().unwrap().code();
+    // The guest may have stopped before the second came.
+    assert!(matches!(status, Some(143 | 130)), "{status:?}");
+    assert!(!socket.exists(), "the socket's file is removed");
+    drop(client);
+}
+
 #[test]
 fn exit_stats_are_printed_at_the_end() {
     let out = run(&[&DEBUG_EXIT], &["--debug-exit", "--exit-stats"]);

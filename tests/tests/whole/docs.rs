@@ -34,9 +34,10 @@ fn options(help: &str) -> BTreeSet<String> {
 #[test]
 fn the_user_guide_has_every_option() {
     let guide = fs::read_to_string(root().join("docs/user-guide.md")).expect("the user guide is there");
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &[],
         &["run"],
+        &["demo"],
         &["doctor"],
         &["image", "build"],
         &["image", "inspect"],

@@ -1,6 +1,7 @@
 //! Whole-program tests: the real `nestvmm` program boots real kernels.
 
 mod boot;
+mod demo;
 mod docs;
 mod exec;
 mod input;

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -11,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::ImageError;
 use super::progress::Step;
+use crate::interrupt;
 
 /// The stanza of a package in the package lists, as far as it is needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -159,7 +161,7 @@ impl Apt {
 
     fn fetch(&self, package: &Package, kept: &Path) -> Result<(), ImageError> {
         let wrap = |source| ImageError::Read { path: self.cache.clone(), source };
-        let scratch = tempfile::tempdir_in(&self.cache).map_err(wrap)?;
+        let (scratch, _guard) = scratch_dir(|| tempfile::tempdir_in(&self.cache)).map_err(wrap)?;
         let label = format!("downloading {} {} ({})", package.name, package.version, mebibytes(package.size));
         let step = Step::percent(&label);
         let mut command = self.command("apt-get");
@@ -173,6 +175,17 @@ impl Apt {
         verify(&file, package).map_err(bad)?;
         fs::rename(&file, kept).map_err(wrap)
     }
+}
+
+/// A temporary directory that a signal removes too.
+pub fn scratch_dir(
+    make: impl FnOnce() -> io::Result<tempfile::TempDir>,
+) -> io::Result<(tempfile::TempDir, interrupt::Guard)> {
+    interrupt::guarded(make, |dir| {
+        let path = dir.path().to_owned();
+        // It may be removed already.
+        Box::new(move || drop(fs::remove_dir_all(path)))
+    })
 }
 
 /// Checks size and SHA-256 of a package's file.
@@ -200,11 +213,17 @@ fn verify(path: &Path, package: &Package) -> Result<(), String> {
 
 /// Runs an apt command that reports its progress on standard output.
 fn run_with_status(command: &mut Command, name: &str, step: &Step) -> Result<(), ImageError> {
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|e| spawn_error(e, "apt-get"))?;
+    // A process group of its own: apt has processes that fetch.
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let kill = |child: &std::process::Child| -> interrupt::Undo {
+        let group = rustix::process::Pid::from_child(child);
+        Box::new(move || {
+            // It may have ended by itself.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        })
+    };
+    let (mut child, guard) =
+        interrupt::guarded(|| command.spawn(), kill).map_err(|e| spawn_error(e, "apt-get"))?;
     // Standard error is short; it is read on a thread all the same, so that it can't fill up.
     let stderr = child.stderr.take();
     let errors = std::thread::spawn(move || {
@@ -224,6 +243,8 @@ fn run_with_status(command: &mut Command, name: &str, step: &Step) -> Result<(),
         }
     }
     let failed = |reason: String| ImageError::Apt { command: name.into(), reason };
+    // It has closed its output. After waiting, the process id may be somebody else's.
+    drop(guard);
     let status = child.wait().map_err(|e| failed(e.to_string()))?;
     let text = errors.join().unwrap_or_default();
     if status.success() {

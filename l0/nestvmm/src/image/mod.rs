@@ -24,6 +24,9 @@ pub use error::ImageError;
 pub use initrd::InitrdCompression;
 pub use inspect::{Inspection, inspect};
 
+use crate::interrupt;
+
+pub use apt::scratch_dir;
 use apt::{Apt, mebibytes};
 use initrd::Level;
 use kmod::{ModulesDir, PackedModules, Resolved};
@@ -419,13 +422,15 @@ fn busybox_from_package(apt: &mut Apt) -> Result<BootFile, ImageError> {
 /// The applets that this busybox has, by its own account. None if it does not run here, as
 /// on a host of another architecture; L1 finds out for itself then.
 fn list_applets(busybox: &BootFile) -> Vec<String> {
+    // In memory: there is no file that could be left behind.
     let output = (|| {
-        let dir = tempfile::tempdir().ok()?;
-        let path = dir.path().join("busybox");
-        std::fs::write(&path, &busybox.data).ok()?;
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(&path, mode).ok()?;
-        Command::new(&path).arg("--list").stdin(Stdio::null()).stderr(Stdio::null()).output().ok()
+        let fd = rustix::fs::memfd_create("busybox", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+        std::io::Write::write_all(&mut std::fs::File::from(fd.try_clone().ok()?), &busybox.data).ok()?;
+        let mut command = Command::new(path);
+        // By its name it would look for the applet.
+        std::os::unix::process::CommandExt::arg0(&mut command, "busybox");
+        command.arg("--list").stdin(Stdio::null()).stderr(Stdio::null()).output().ok()
     })();
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
     let valid =
@@ -539,7 +544,7 @@ pub fn cache_folder() -> Option<PathBuf> {
 enum Cache {
     Kept(PathBuf),
     /// Without a home directory nothing is kept.
-    Scratch(tempfile::TempDir),
+    Scratch(tempfile::TempDir, #[expect(dead_code, reason = "kept for its drop")] interrupt::Guard),
 }
 
 impl Cache {
@@ -547,14 +552,16 @@ impl Cache {
         if let Some(dir) = cache_folder() {
             return Ok(Self::Kept(dir));
         }
-        let scratch = tempfile::tempdir();
-        scratch.map(Self::Scratch).map_err(|source| ImageError::Read { path: std::env::temp_dir(), source })
+        let scratch = apt::scratch_dir(tempfile::tempdir);
+        scratch
+            .map(|(dir, guard)| Self::Scratch(dir, guard))
+            .map_err(|source| ImageError::Read { path: std::env::temp_dir(), source })
     }
 
     fn path(&self) -> &Path {
         match self {
             Self::Kept(p) => p,
-            Self::Scratch(d) => d.path(),
+            Self::Scratch(d, _) => d.path(),
         }
     }
 }
