@@ -78,7 +78,7 @@ fn image(args: &DemoArgs) -> Result<Image, Failure> {
         }
         return Ok(Image { path, _scratch: None });
     }
-    let scratch = image::scratch_dir(tempfile::tempdir);
+    let scratch = interrupt::scratch_dir(tempfile::tempdir);
     let (dir, guard) = scratch.map_err(|e| Failure::host(format!("no temporary directory: {e}")))?;
     let path = dir.path().join("demo.img");
     build(&path)?;

@@ -8,10 +8,12 @@
 //! Not covered: SIGKILL, which leaves temporary files, with names that start with a dot, beside
 //! what was being written.
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::status::{self, Failure};
 
@@ -50,6 +52,30 @@ pub fn guarded<T, E>(
     Ok((made, Guard(id)))
 }
 
+/// Makes a temporary file that a signal removes too.
+///
+/// # Errors
+/// Those of `make`.
+pub fn scratch_file(make: impl FnOnce() -> io::Result<NamedTempFile>) -> io::Result<(NamedTempFile, Guard)> {
+    guarded(make, |file| {
+        let path = file.path().to_owned();
+        // It is gone when it was given its name.
+        Box::new(move || drop(std::fs::remove_file(path)))
+    })
+}
+
+/// Makes a temporary directory that a signal removes too.
+///
+/// # Errors
+/// Those of `make`.
+pub fn scratch_dir(make: impl FnOnce() -> io::Result<TempDir>) -> io::Result<(TempDir, Guard)> {
+    guarded(make, |dir| {
+        let path = dir.path().to_owned();
+        // It may be removed already.
+        Box::new(move || drop(std::fs::remove_dir_all(path)))
+    })
+}
+
 /// Ends the program with `status` after everything noted is undone.
 pub fn exit(status: u8) -> ! {
     // Not unlocked any more.
@@ -65,7 +91,7 @@ pub fn exit(status: u8) -> ! {
 /// # Errors
 /// When the host refuses.
 pub fn handle_signals() -> Result<(), Failure> {
-    let refuse = |e: std::io::Error| Failure::host(format!("can't handle signals: {e}"));
+    let refuse = |e: io::Error| Failure::host(format!("can't handle signals: {e}"));
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT]).map_err(refuse)?;
     let body = move || {
         if let Some(signal) = signals.forever().next() {

@@ -49,7 +49,7 @@ impl Running {
 /// Replaces the file at once, so that nobody reads half of it.
 fn write_json(path: &Path, summary: &exit_trace::Summary) -> io::Result<()> {
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    let (mut file, _guard) = interrupt::scratch_file(|| tempfile::NamedTempFile::new_in(dir))?;
     serde_json::to_writer_pretty(&mut file, summary)?;
     file.write_all(b"\n")?;
     file.as_file().set_permissions(Permissions::from_mode(0o644))?;

@@ -261,6 +261,13 @@ fn ctrl_c_and_doubled_ctrl_a_reach_the_guest() {
     );
 }
 
+/// Whether the thread of the first vCPU sleeps (proc_pid_stat(5)).
+fn vcpu_sleeps(child: &Child) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let stats = tasks.flatten().filter_map(|t| std::fs::read_to_string(t.path().join("stat")).ok());
+    stats.into_iter().any(|s| s.contains("(vcpu0) S"))
+}
+
 /// Writes to the serial port for ever: out dx, al; jmp.
 const FLOOD: [u8; 3] = [0xee, 0xeb, 0xfd];
 
@@ -271,10 +278,10 @@ fn a_guest_whose_output_nobody_reads_can_be_ended() {
     let mut child = command(&k, &[]).spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     wait_for(&mut stdout, "up\n");
-    // The pipe is full when it grows no more; the vCPU's thread waits for a reader then.
+    // The pipe has less than a page left, and the vCPU's thread sleeps: it waits for a reader.
     let filled = || rustix::io::ioctl_fionread(&stdout).unwrap();
     let capacity = rustix::pipe::fcntl_getpipe_size(&stdout).unwrap() as u64;
-    while filled() < capacity - 4096 {
+    while filled() < capacity - 4096 || !vcpu_sleeps(&child) {
         std::thread::yield_now();
     }
     signal(&child, Signal::TERM);

@@ -161,7 +161,7 @@ impl Apt {
 
     fn fetch(&self, package: &Package, kept: &Path) -> Result<(), ImageError> {
         let wrap = |source| ImageError::Read { path: self.cache.clone(), source };
-        let (scratch, _guard) = scratch_dir(|| tempfile::tempdir_in(&self.cache)).map_err(wrap)?;
+        let (scratch, _guard) = interrupt::scratch_dir(|| tempfile::tempdir_in(&self.cache)).map_err(wrap)?;
         let label = format!("downloading {} {} ({})", package.name, package.version, mebibytes(package.size));
         let step = Step::percent(&label);
         let mut command = self.command("apt-get");
@@ -175,17 +175,6 @@ impl Apt {
         verify(&file, package).map_err(bad)?;
         fs::rename(&file, kept).map_err(wrap)
     }
-}
-
-/// A temporary directory that a signal removes too.
-pub fn scratch_dir(
-    make: impl FnOnce() -> io::Result<tempfile::TempDir>,
-) -> io::Result<(tempfile::TempDir, interrupt::Guard)> {
-    interrupt::guarded(make, |dir| {
-        let path = dir.path().to_owned();
-        // It may be removed already.
-        Box::new(move || drop(fs::remove_dir_all(path)))
-    })
 }
 
 /// Checks size and SHA-256 of a package's file.

@@ -32,19 +32,12 @@ pub(super) fn write(path: &Path, files: &[EspFile<'_>]) -> io::Result<u64> {
 
     let dir = directory_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let (mut scratch, _guard) = interrupt::guarded(
-        || {
-            tempfile::Builder::new()
-                .prefix(&format!(".{name}."))
-                .permissions(std::fs::Permissions::from_mode(0o644))
-                .tempfile_in(dir)
-        },
-        |scratch| {
-            let path = scratch.path().to_owned();
-            // It is gone when it has become the image.
-            Box::new(move || drop(std::fs::remove_file(path)))
-        },
-    )?;
+    let (mut scratch, _guard) = interrupt::scratch_file(|| {
+        tempfile::Builder::new()
+            .prefix(&format!(".{name}."))
+            .permissions(std::fs::Permissions::from_mode(0o644))
+            .tempfile_in(dir)
+    })?;
     let file = scratch.as_file_mut();
     file.set_len(total)?;
     let ids = Ids::of(files);

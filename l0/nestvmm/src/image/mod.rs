@@ -26,7 +26,6 @@ pub use inspect::{Inspection, inspect};
 
 use crate::interrupt;
 
-pub use apt::scratch_dir;
 use apt::{Apt, mebibytes};
 use initrd::Level;
 use kmod::{ModulesDir, PackedModules, Resolved};
@@ -552,7 +551,7 @@ impl Cache {
         if let Some(dir) = cache_folder() {
             return Ok(Self::Kept(dir));
         }
-        let scratch = apt::scratch_dir(tempfile::tempdir);
+        let scratch = interrupt::scratch_dir(tempfile::tempdir);
         scratch
             .map(|(dir, guard)| Self::Scratch(dir, guard))
             .map_err(|source| ImageError::Read { path: std::env::temp_dir(), source })
