@@ -11,6 +11,7 @@ const SETUP_SECTS: usize = 0x1f1;
 const BOOT_FLAG: usize = 0x1fe;
 const JUMP_OFFSET: usize = 0x201;
 const MAGIC: usize = 0x202;
+const SYSSIZE: usize = 0x1f4;
 const VERSION: usize = 0x206;
 const KERNEL_VERSION: usize = 0x20e;
 const LOADFLAGS: usize = 0x211;
@@ -144,6 +145,12 @@ pub fn parse(file: &str, data: &[u8]) -> Result<SetupHeader, BootError> {
     let code_offset = (sectors + 1) * 512;
     if code_offset >= len {
         return Err(cut("the setup code", 0, code_offset + 1));
+    }
+    // Every protocol that is supported has the field. What follows the code, such as a signature, does
+    // not count; a kernel that says 0 does not tell.
+    let code_len = u64::from(u32_at(head, SYSSIZE)) * 16;
+    if code_offset + code_len > len {
+        return Err(cut("the kernel's code", code_offset, code_len));
     }
     let loadflags = head.get(LOADFLAGS).copied().unwrap_or(0);
     if loadflags & SetupHeader::LOADED_HIGH == 0 {

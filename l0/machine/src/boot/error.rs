@@ -98,6 +98,23 @@ pub enum BootError {
         /// RAM size in MiB.
         ram_mib: u64,
     },
+    /// The kernel and its initrd fit into RAM, but can't do with it.
+    #[error(
+        "{file}: {ram_mib} MiB of RAM are too little for this kernel ({kernel_mib} MiB) and its initrd \
+         ({initrd_mib} MiB, and as much again while it is unpacked): it needs more than {need_mib} MiB; give more with --memory"
+    )]
+    TooLittleRam {
+        /// The kernel's name.
+        file: String,
+        /// What the kernel takes in MiB.
+        kernel_mib: u64,
+        /// The initrd's size in MiB.
+        initrd_mib: u64,
+        /// The least that is needed in MiB; it may be more.
+        need_mib: u64,
+        /// RAM size in MiB.
+        ram_mib: u64,
+    },
     /// No room in RAM.
     #[error(
         "{file}: {what} ({len} bytes) does not fit into {ram_mib} MiB of RAM{detail}; give more with --memory"

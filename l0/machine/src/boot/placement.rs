@@ -46,6 +46,11 @@ impl<'a> Placement<'a> {
         self.ram.size()
     }
 
+    /// How many bytes above 1 MiB are taken.
+    pub(super) fn used_high(&self) -> u64 {
+        self.used.iter().filter(|u| u.start >= HIGH_START).map(|u| u.end.saturating_sub(u.start)).sum()
+    }
+
     /// End of RAM below the hole under 4 GiB, and below [`LOW_RAM_TOP`].
     fn low_top(&self) -> u64 {
         self.ram.translate(L1Gpa(0)).map_or(0, |(_, room)| room.min(LOW_RAM_TOP))

@@ -184,6 +184,11 @@ fn too_little_memory() {
     let initrd = file("big", vec![0; 50 * MIB as usize]);
     let e = load(&ram(64 * MIB), &BootRequest { initrd: Some(&initrd), ..request(&kernel) }).unwrap_err();
     assert!(matches!(&e, BootError::NoRoom { file, .. } if file == "big"), "{e}");
+    // One that fits, but not twice, which it has to while the kernel unpacks it.
+    let initrd = file("big", vec![0; 35 * MIB as usize]);
+    let e = load(&ram(64 * MIB), &BootRequest { initrd: Some(&initrd), ..request(&kernel) }).unwrap_err();
+    assert!(matches!(&e, BootError::TooLittleRam { initrd_mib: 35, ram_mib: 64, .. }), "{e}");
+    assert!(load(&ram(80 * MIB), &BootRequest { initrd: Some(&initrd), ..request(&kernel) }).is_ok());
     // A small file that unpacks to more than RAM.
     let bomb = file("bomb", bzimage(&gzip(&vec![0; 9 * MIB as usize])));
     let e = load(&ram(8 * MIB), &request(&bomb)).unwrap_err();
@@ -205,6 +210,9 @@ fn setup_header_errors() {
     assert!(matches!(with(0x24c, &[0xff; 4]), BootError::Truncated { .. }));
     assert!(matches!(with(0x1f1, &[200]), BootError::Truncated { .. }));
     assert!(matches!(with(0x238, &[5, 0, 0, 0]), BootError::CommandLineTooLong { len: 13, max: 5, .. }));
+    // The code's size in units of 16 bytes.
+    let units = (good.len() - 0x400).div_ceil(16) as u32 + 1;
+    assert!(matches!(with(0x1f4, &units.to_le_bytes()), BootError::Truncated { offset: 0x400, .. }));
     let kernel = file("k", good.clone());
     let nul = BootRequest { command_line: Some("a\0b"), ..request(&kernel) };
     assert!(matches!(load(&ram(64 * MIB), &nul), Err(BootError::CommandLineNul { offset: 1, .. })));
