@@ -28,7 +28,7 @@ enum Sink {
 }
 
 /// How much of the console's end is kept.
-const KEPT: usize = 2048;
+const KEPT: usize = 8192;
 
 impl Output {
     fn new(sink: Sink) -> Self {

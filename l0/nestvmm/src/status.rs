@@ -41,10 +41,9 @@ Exit status of `run`:
   10  internal error
   12  the guest reset the machine (--on-reset exit)
  130  quit with Ctrl-A x; 128+N when signal N ended the run
- odd  with --debug-exit, what the guest wrote: (value << 1) | 1
-
-With --exec it is the command's status (128+N when signal N ended the command), or
- 125  when there is none: all that 2 to 12 mean above, and a guest that ended before the command";
+ 125  with --exec, instead of 2 to 12; otherwise --exec ends with the command's status, or
+      128+N if signal N ended the command
+ odd  with --debug-exit, what the guest wrote: (value << 1) | 1";
 
 /// Statuses of `scenario run` as its help shows them.
 pub const SCENARIO_HELP: &str = "\

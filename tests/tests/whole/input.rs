@@ -46,7 +46,7 @@ fn kernels_and_initrds_cut_off() {
     let (vmlinuz, _) = Kernel::Cloud.files();
     let kernel = fs::read(&vmlinuz).expect("the kernel is there");
     let dir = tempfile::tempdir().expect("the host has a temporary folder");
-    for length in [0x200, 0x300, 0x1000, kernel.len() / 2, kernel.len() / 8 * 7] {
+    for length in [0x200, 0x300, 0x1000, kernel.len() / 2, kernel.len() / 8 * 7, kernel.len() - 4096] {
         let name = format!("cut-{length}");
         let cut = write(dir.path(), &name, kernel.get(..length).expect("it is longer"));
         one_message(&Launch::new(["run", "--kernel"]).path(&cut).run(LIMIT), 4, &[&name]);
