@@ -35,7 +35,7 @@ use crate::capabilities::Capabilities;
 use crate::fields::{CR3_TARGETS, EOI_EXIT, Field};
 use crate::physical::L1Physical;
 use crate::vmcs12::Vmcs12;
-use bitmaps::{primary12, secondary12};
+use bitmaps::{MsrBitmaps, primary12, secondary12};
 use cr::CrMask;
 use provenance::{ControlOrigins, Origins};
 use tsc::TscView;
@@ -69,6 +69,8 @@ pub struct L0<'a> {
     pub deadline: Option<u32>,
     /// Pages to fill.
     pub pages: Pages,
+    /// What the MSR bitmap among them was made of.
+    pub msr_bitmaps: &'a MsrBitmaps,
     /// The memory that they are in.
     pub memory: &'a MachineMemory,
 }
@@ -455,7 +457,8 @@ fn msrs(c: &mut Controls, l0: &L0<'_>, vmcs12: &Vmcs12, l1: &dyn L1Physical) -> 
     if !c.primary.contains(C::USE_MSR_BITMAPS) {
         return Ok(());
     }
-    bitmaps::combine_msr(l0.memory, l1, l0.vmcs01.controls.msr_bitmap, vmcs12, l0.pages.msr_bitmap)
+    let ours = l0.vmcs01.controls.msr_bitmap;
+    l0.msr_bitmaps.combine(l0.memory, l1, ours, vmcs12, l0.pages.msr_bitmap)
 }
 
 /// APIC virtualization and posted interrupts: L1's pages by their machine addresses (§25.6.8).

@@ -13,6 +13,16 @@ pub trait L1Physical {
     /// The machine address behind the 4 KiB page of `at`; `None` where L1 has no RAM.
     fn machine(&self, at: L1Gpa) -> Option<MachineAddr>;
 
+    /// Whether `bytes` are what a read at `at` would give.
+    fn holds(&self, at: L1Gpa, bytes: &[u8]) -> bool {
+        let mut buf = [0; 256];
+        bytes.chunks(buf.len()).zip(0u64..).all(|(chunk, i)| {
+            let Some(part) = buf.get_mut(..chunk.len()) else { return false };
+            self.read(at.offset(i * 256), part);
+            part == chunk
+        })
+    }
+
     /// Reads a little-endian 64-bit word.
     fn read_u64(&self, at: L1Gpa) -> u64 {
         let mut b = [0; 8];
@@ -37,6 +47,14 @@ impl L1Physical for L1Ram {
     fn write(&self, at: L1Gpa, buf: &[u8]) {
         // Lost where there is no RAM.
         let _ = Self::write(self, at, buf);
+    }
+    fn holds(&self, at: L1Gpa, bytes: &[u8]) -> bool {
+        match self.translate(at) {
+            Some((machine, room)) if room >= bytes.len() as u64 => {
+                self.memory().holds(machine, bytes) == Ok(true)
+            }
+            _ => bytes.iter().all(|b| *b == 0xff),
+        }
     }
     fn machine(&self, at: L1Gpa) -> Option<MachineAddr> {
         self.translate(at.page_base()).filter(|(_, room)| *room >= memory::PAGE_SIZE).map(|(m, _)| m)

@@ -37,8 +37,8 @@ const SIGNATURE_OFFSET: usize = 8;
 const LAUNCH_STATE_OFFSET: usize = 16;
 const VALUES_OFFSET: usize = 64;
 
-/// Bytes of a region that the layout uses.
-const USED: usize = VALUES_OFFSET + 8 * Field::COUNT;
+/// Bytes of a region that the layout uses, from its start.
+pub const USED: usize = VALUES_OFFSET + 8 * Field::COUNT;
 const _: () = assert!(USED <= REGION_SIZE);
 
 /// Offset of a field in the region.

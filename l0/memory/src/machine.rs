@@ -186,6 +186,16 @@ impl MachineMemory {
         Ok(())
     }
 
+    /// Whether machine memory at `addr` holds `bytes`. What others write meanwhile may be seen or not.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`].
+    pub fn holds(&self, addr: MachineAddr, bytes: &[u8]) -> Result<bool, MemoryError> {
+        let src = self.check(addr, bytes.len())?;
+        // SAFETY: both are valid for `bytes.len()` bytes; the comparison is C's, on raw memory.
+        Ok(unsafe { libc::memcmp(src.cast_const().cast(), bytes.as_ptr().cast(), bytes.len()) } == 0)
+    }
+
     /// Copies `buf` to machine memory at `addr`, marks the pages dirty and drops code
     /// decoded from them.
     ///
@@ -389,6 +399,9 @@ mod tests {
         let mut b = [0; 3];
         m.read(MachineAddr(0xfff), &mut b).unwrap();
         assert_eq!(b, [1, 2, 3]);
+        assert_eq!(m.holds(MachineAddr(0xfff), &b), Ok(true));
+        assert_eq!(m.holds(MachineAddr(0xffe), &b), Ok(false));
+        assert!(m.holds(MachineAddr(0x3ffe), &b).is_err());
         assert!(m.write(MachineAddr(0x3ffe), &[0; 3]).is_err());
         assert!(m.read(MachineAddr(u64::MAX), &mut b).is_err());
         assert!(m.read_u64(MachineAddr(4)).is_err());

@@ -1,5 +1,8 @@
 //! I/O and MSR bitmaps of VMCS12, alone and combined with L0's.
 
+use std::cell::Cell;
+use std::fmt;
+
 use memory::{L1Gpa, MachineAddr, MachineMemory, MemoryError};
 use x86_spec::controls::{PrimaryControls, SecondaryControls};
 
@@ -120,22 +123,71 @@ pub fn combine(
     memory.write(target, &ours)
 }
 
-/// As [`combine`] for MSR bitmaps, but the accesses that VMCS12 has virtualized follow L1's
+/// MSR bitmaps combined, as [`combine`], but the accesses that VMCS12 has virtualized follow L1's
 /// bitmap alone: they do not touch what L0 guards.
 ///
-/// # Errors
-/// As [`combine`].
-pub fn combine_msr(
-    memory: &MachineMemory,
-    l1: &dyn L1Physical,
+/// What was combined last is remembered: as long as L1's page holds the same, there is nothing to do. It
+/// is compared at each entry, since L1 can write to it at any time.
+#[derive(Default)]
+pub struct MsrBitmaps(Cell<Option<Box<Combined>>>);
+
+/// What the combined page was made of.
+struct Combined {
     l0: MachineAddr,
-    vmcs12: &Vmcs12,
+    target: MachineAddr,
+    virtualized: X2apicVirtualization,
+    theirs: [u8; PAGE],
+}
+
+impl fmt::Debug for MsrBitmaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MsrBitmaps").finish_non_exhaustive()
+    }
+}
+
+impl MsrBitmaps {
+    /// Has `target` hold the combination of the page at `l0`, which must not change any more, with
+    /// VMCS12's. Nobody else may write to `target`.
+    ///
+    /// # Errors
+    /// As [`combine`].
+    pub fn combine(
+        &self,
+        memory: &MachineMemory,
+        l1: &dyn L1Physical,
+        l0: MachineAddr,
+        vmcs12: &Vmcs12,
+        target: MachineAddr,
+    ) -> Result<(), MemoryError> {
+        let virtualized = X2apicVirtualization::of(vmcs12);
+        let page = L1Gpa(vmcs12.get(Field::MsrBitmap)).page_base();
+        let last = self.0.take();
+        if let Some(c) = &last
+            && (c.l0, c.target, c.virtualized) == (l0, target, virtualized)
+            && l1.holds(page, &c.theirs)
+        {
+            self.0.set(last);
+            return Ok(());
+        }
+        let new = || Box::new(Combined { l0, target, virtualized, theirs: [0; PAGE] });
+        let mut combined = last.unwrap_or_else(new);
+        (combined.l0, combined.target, combined.virtualized) = (l0, target, virtualized);
+        l1.read(page, &mut combined.theirs);
+        combine_msr(memory, l0, virtualized, &combined.theirs, target)?;
+        self.0.set(Some(combined));
+        Ok(())
+    }
+}
+
+fn combine_msr(
+    memory: &MachineMemory,
+    l0: MachineAddr,
+    virtualized: X2apicVirtualization,
+    theirs: &[u8; PAGE],
     target: MachineAddr,
 ) -> Result<(), MemoryError> {
-    let (mut ours, mut theirs) = ([0; PAGE], [0; PAGE]);
+    let mut ours = [0; PAGE];
     memory.read(l0, &mut ours)?;
-    l1.read(L1Gpa(vmcs12.get(Field::MsrBitmap)).page_base(), &mut theirs);
-    let virtualized = X2apicVirtualization::of(vmcs12);
     if virtualized.tpr {
         for (msr, write) in (0x800..=0x8ff).flat_map(|m| [(m, false), (m, true)]) {
             if virtualized.covers(msr, write)
@@ -146,7 +198,7 @@ pub fn combine_msr(
             }
         }
     }
-    or_into(&mut ours, &theirs);
+    or_into(&mut ours, theirs);
     memory.write(target, &ours)
 }
 

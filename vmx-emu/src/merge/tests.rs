@@ -43,6 +43,7 @@ struct Bench {
     vmcs12: Vmcs12,
     engine: VmxCapabilities,
     caps: Capabilities,
+    msr_bitmaps: bitmaps::MsrBitmaps,
 }
 
 impl Bench {
@@ -63,7 +64,8 @@ impl Bench {
         ] {
             vmcs12.set(f, v);
         }
-        Self { memory, ram, vmcs01, vmcs12, engine: full_engine(), caps: full() }
+        let msr_bitmaps = bitmaps::MsrBitmaps::default();
+        Self { memory, ram, vmcs01, vmcs12, engine: full_engine(), caps: full(), msr_bitmaps }
     }
 
     fn merge(&self) -> Merged {
@@ -74,6 +76,7 @@ impl Bench {
             windows: C::empty(),
             deadline: None,
             pages: PAGES,
+            msr_bitmaps: &self.msr_bitmaps,
             memory: &self.memory,
         };
         merge(&l0, &self.vmcs12, &self.ram, SPACE, None).unwrap()
@@ -503,4 +506,38 @@ fn the_view_names_bits_values_and_origins() {
     assert_eq!(words("HLT exiting"), ["-", "-", "1"]);
     assert_eq!(words("Guest RIP"), ["-", "-", "0xfff0"]);
     assert!(text.contains("VMCS01 0x") && !text.contains("VMCS02 0x"), "segments: {text}");
+}
+
+/// L1 writes to its MSR bitmap, has it elsewhere, or has MSRs virtualized: each entry sees it, though what was
+/// combined before is kept as long as it is right.
+#[test]
+fn the_msr_bitmap_follows_every_change() {
+    let mut b = Bench::new(C::USE_MSR_BITMAPS, C::USE_MSR_BITMAPS | C::SECONDARY_CONTROLS);
+    let reads = |msr: u64| msr;
+    let set = |b: &Bench, page: u64, msr: u64, value: u8| {
+        b.memory.write(MachineAddr(page + msr / 8), &[value << (msr % 8)]).unwrap();
+    };
+    for page in [L0_MSR.0, L1_MSR] {
+        b.memory.fill(MachineAddr(page), 0, 0x1000).unwrap();
+    }
+    set(&b, L0_MSR.0, reads(0x808), 1);
+    let passes = |b: &Bench, msr| {
+        b.merge();
+        !b.bit(PAGES.msr_bitmap.0, reads(msr))
+    };
+    assert!(passes(&b, 0x10) && !passes(&b, 0x808));
+    set(&b, L1_MSR, reads(0x10), 1);
+    assert!(!passes(&b, 0x10));
+    assert!(!passes(&b, 0x10), "as before");
+    set(&b, L1_MSR, reads(0x10), 0);
+    assert!(passes(&b, 0x10));
+    b.vmcs12.set(Field::SecondaryControls, S::VIRTUALIZE_X2APIC.bits().into());
+    assert!(passes(&b, 0x808), "virtualized, so L0's bit does not count");
+    b.vmcs12.set(Field::SecondaryControls, 0);
+    assert!(!passes(&b, 0x808));
+    // Not RAM: all bits read as one.
+    b.vmcs12.set(Field::MsrBitmap, 1 << 40);
+    assert!(!passes(&b, 0x10));
+    b.vmcs12.set(Field::MsrBitmap, L1_MSR);
+    assert!(passes(&b, 0x10));
 }

@@ -181,12 +181,13 @@ impl<E: Engine> VcpuLoop<E> {
         }
     }
 
-    /// After a switch between L1 and an L2 without VPID, which share VPID 0 as far as L1 knows.
-    fn flush_vpid0(&mut self) {
-        let engine = self.vm().engine().clone();
-        engine.invalidate(InvalidateScope::Vpid(vmcs01::VPID));
-        if let Some(v) = self.nested.as_ref().and_then(|n| n.vpids.lookup(0)) {
-            engine.invalidate(InvalidateScope::Vpid(v));
+    /// A list of MSRs that VMCS12 has loaded at entries or exits may have moved the deadline of a device (the
+    /// local APIC's timer). Nothing else in a switch between L1 and L2 does.
+    fn msr_lists_loaded(&mut self) {
+        let counts = [Field::EntryMsrLoadCount, Field::ExitMsrLoadCount];
+        let vmcs12 = self.nested.as_ref().and_then(|n| n.state.current());
+        if vmcs12.is_none_or(|v| counts.into_iter().any(|f| v.get(f) != 0)) {
+            self.devices_touched();
         }
     }
 
@@ -239,7 +240,6 @@ impl<E: Engine> VcpuLoop<E> {
     /// Goes from VMCS01 to VMCS02.
     fn enter_l2(&mut self) -> Outcome {
         let vm = self.vm().clone();
-        let deadline = self.timer_ticks();
         let now = vm.engine().tsc();
         let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
         let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
@@ -258,8 +258,10 @@ impl<E: Engine> VcpuLoop<E> {
             engine: vm.engine().capabilities(),
             caps: &n.caps,
             windows: PrimaryControls::empty(),
-            deadline: Some(deadline),
+            // That there is one. `prepare_l2` knows when.
+            deadline: Some(u32::MAX),
             pages: n.pages,
+            msr_bitmaps: &n.msr_bitmaps,
             memory: vm.memory(),
         };
         let space = L2Space { eptp02, vpid02: vpid.vpid };
@@ -276,12 +278,12 @@ impl<E: Engine> VcpuLoop<E> {
             enter::enter(&mut n.vmcs01, merged, &self.vmcs, vmcs12, &mut self.regs, vm.ram(), &mut msrs);
         let shares_vpid0 = vpid12(vmcs12) == 0;
         self.ept02_changed(flush);
-        if shares_vpid0 {
-            self.flush_vpid0();
-        } else if vpid.flush {
+        // An L2 without VPID shares VPID 0 with L1, as far as L1 knows: both start each time without
+        // translations (§29.4.3.1). L2's go here, L1's at the exit.
+        if shares_vpid0 || vpid.flush {
             vm.engine().invalidate(InvalidateScope::Vpid(vpid.vpid));
         }
-        self.devices_touched();
+        self.msr_lists_loaded();
         // Entries clear address-range monitoring (§27.5).
         self.regs.monitor = None;
         match entered {
@@ -376,7 +378,7 @@ impl<E: Engine> VcpuLoop<E> {
         self.event = None;
         // Exits clear address-range monitoring (§28.5.6).
         self.regs.monitor = None;
-        self.devices_touched();
+        self.msr_lists_loaded();
         self.restrict_control_registers();
         self.store_shadow_vmcs();
         self.store_enlightened_vmcs();
@@ -385,7 +387,7 @@ impl<E: Engine> VcpuLoop<E> {
         match result {
             Some(Ok(after)) => {
                 if after.flush_vpid0 {
-                    self.flush_vpid0();
+                    self.vm().engine().invalidate(InvalidateScope::Vpid(vmcs01::VPID));
                 }
                 Outcome::Resume
             }

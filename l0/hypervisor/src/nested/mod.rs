@@ -16,6 +16,7 @@ use engine::{Engine, EngineVmcs};
 use ept_compress::{Ept02, Ept02Error, Format};
 use memory::{L1Gpa, MemoryError};
 use vmx_emu::merge::Pages;
+use vmx_emu::merge::bitmaps::MsrBitmaps;
 use vmx_emu::merge::provenance::ControlOrigins;
 use vmx_emu::merge::tsc::Timer12;
 use vmx_emu::merge::vpid::VpidMap;
@@ -80,6 +81,7 @@ pub(crate) struct Nested {
     sync: EptSync,
     vpids: VpidMap,
     pages: Pages,
+    msr_bitmaps: MsrBitmaps,
     /// L1's VMX-preemption timer.
     timer12: Option<Timer12>,
     /// Its rate (IA32_VMX_MISC bits 4:0).
@@ -136,6 +138,7 @@ impl Nested {
             ept02: Ept02::new(vm.memory().clone(), pool.clone(), pages, format, protect)?,
             sync,
             vpids: VpidMap::default(),
+            msr_bitmaps: MsrBitmaps::default(),
             pages: Pages {
                 io_bitmap_a: pool.alloc()?,
                 io_bitmap_b: pool.alloc()?,

@@ -3,6 +3,7 @@
 
 use engine::Engine;
 use memory::{MachineAddr, MachineMemory, MemoryError, PagePool};
+use vmx_emu::vmcs12::USED;
 use vmx_emu::{Capabilities, VmxState, vmcs_page};
 use x86_spec::controls::SecondaryControls;
 
@@ -40,7 +41,7 @@ impl ShadowPage {
 
     /// Takes over what L1 wrote since [`Self::store`].
     fn load(&self, memory: &MachineMemory, state: &mut VmxState) -> Result<(), MemoryError> {
-        let mut bytes = [0; 4096];
+        let mut bytes = [0; USED];
         memory.read(self.page, &mut bytes)?;
         vmcs_page::load(state, &bytes);
         Ok(())
@@ -48,7 +49,7 @@ impl ShadowPage {
 
     /// Shows L1 its current VMCS; whether there is one.
     fn store(&self, memory: &MachineMemory, state: &VmxState) -> Result<bool, MemoryError> {
-        let mut bytes = [0; 4096];
+        let mut bytes = [0; USED];
         let current = vmcs_page::store(state, &mut bytes);
         if current {
             memory.write(self.page, &bytes)?;

@@ -40,6 +40,19 @@ const BENCHES: &[Bench] = &[
         reason: reason::CPUID,
         handle: true,
     },
+    // With what every hypervisor uses: a VPID and an MSR bitmap.
+    Bench {
+        name: "cpuid_vpid",
+        code: || code!["2: cpuid", "jmp 2b"],
+        setup: |vm| {
+            vm.need_secondary(secondary::VPID)?;
+            vm.set(VPID, 1)?;
+            vm.need_primary(primary::MSR_BITMAPS)?;
+            vm.set(MSR_BITMAP, memory::page())
+        },
+        reason: reason::CPUID,
+        handle: true,
+    },
     Bench {
         name: "vmcall",
         code: || code!["2: vmcall", "jmp 2b"],
