@@ -4,6 +4,7 @@ use std::ptr;
 use std::sync::atomic::Ordering;
 
 use engine::VmExit;
+use x86_spec::exit::ExitReason;
 
 use crate::block::{Block, BlockCache, MODE_SINGLE};
 use crate::cpu::{Cpu, Exec, Reason, Stop};
@@ -110,7 +111,15 @@ impl Cpu {
         loop {
             match std::mem::replace(&mut self.reason, Reason::None) {
                 Reason::None => return None,
-                Reason::Exit(exit) => return Some(exit),
+                Reason::Exit(exit) => {
+                    // An instruction that is to be executed again has met no data breakpoints yet.
+                    let again =
+                        matches!(exit.reason, ExitReason::EptViolation | ExitReason::EptMisconfiguration);
+                    if again && self.boundary.data_watch && !exit.idt_vectoring.is_valid() {
+                        self.pending_debug = self.boundary.pending_before;
+                    }
+                    return Some(exit);
+                }
                 Reason::Reexecute => {
                     self.force_single = true;
                     self.request_event_check();

@@ -34,6 +34,8 @@ pub struct Boundary {
     mtf_at: Option<u64>,
     /// `icount` when an instruction was started that meets data or I/O breakpoints, and which.
     data_at: Option<(u64, u64)>,
+    /// Debug exceptions that were pending when the instruction was started.
+    pub(crate) pending_before: u64,
     /// `icount` when an instruction was started with RF set.
     resume_at: Option<u64>,
     /// An MTF VM exit is pending.
@@ -301,6 +303,7 @@ fn instruction_breakpoint(cpu: &mut Cpu) -> Exec {
 
 /// Decides whether the next instruction runs alone, and what its completion brings.
 fn prepare_next(cpu: &mut Cpu) {
+    cpu.boundary.pending_before = cpu.pending_debug;
     let now = cpu.icount;
     let trap = cpu.rflags_other & rflags::TF != 0;
     let mtf = cpu.primary(PrimaryControls::MONITOR_TRAP_FLAG);
