@@ -505,13 +505,15 @@ impl KvmVcpu {
     }
 
     /// Runs the guest. `None` is a kick or the timer.
-    fn run_guest(&mut self) -> Result<Option<u32>, Failure> {
+    fn run_guest(&mut self, vmcs: &EngineVmcs) -> Result<Option<u32>, Failure> {
         self.fd.set_kvm_immediate_exit(0);
         let flag = &raw mut self.run_structure().immediate_exit;
         let kick = self.kick.clone();
         // SAFETY: `flag` points into the run structure, mapped as long as `self.fd` lives, which
         // is longer than `armed`.
         let armed = unsafe { Armed::new(&kick, flag) };
+        // Not earlier: a signal before this thread is armed would be lost.
+        self.set_timer(vmcs)?;
         if kick.is_requested() {
             return Ok(None);
         }
@@ -535,12 +537,11 @@ impl KvmVcpu {
         self.shared.realise(vmcs.controls.eptp, vmcs.controls.msr_bitmap)?;
         self.load(vmcs, regs)?;
         vmcs.controls.entry_interruption = InterruptionInfo::NONE;
-        self.set_timer(vmcs)?;
         let window = vmcs.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING);
         let run = self.run_structure();
         run.request_interrupt_window = window.into();
         run.cr8 = regs.cr8;
-        let reason = self.run_guest()?;
+        let reason = self.run_guest(vmcs)?;
         regs.cr8 = self.run_structure().cr8;
         self.state.show(vmcs, regs);
         let exit = match reason {

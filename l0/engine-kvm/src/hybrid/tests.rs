@@ -17,7 +17,6 @@ const HANDLERS: u64 = 0x2000;
 const IDT: u64 = 0x3000;
 const GDT: u64 = 0x4000;
 const DATA: u64 = 0x5000;
-/// A VMCS01 control: all of CR4 but VMXE is the guest's.
 const CODE64: u64 = 0x00af_9b00_0000_ffff;
 const DATA64: u64 = 0x00cf_9300_0000_ffff;
 
@@ -81,7 +80,8 @@ fn rig(code: &[u8]) -> Option<Rig> {
     (g.rip, g.rsp) = (CODE, 0x800);
     let mut regs = GuestRegs::reset();
     regs.gpr[gpr::RSI] = DATA;
-    let vcpu = engine.create_vcpu().unwrap();
+    let mut vcpu = engine.create_vcpu().unwrap();
+    vcpu.takes_vmxe = vcpu.kvm.takes_cr4(cr4::VMXE).unwrap();
     Some(Rig { vcpu, vmcs, regs, memory })
 }
 
