@@ -9,6 +9,9 @@
 //! guest's handlers of these vectors; at one, the fault is taken back and the instruction executed again by the
 //! other engine. There it exits, completes, or faults again, and then the fault is the guest's.
 //!
+//! A KVM that emulates kernel code may leave CS and SS as they were at SYSCALL (one seen does); a third
+//! breakpoint where SYSCALL leads completes it.
+//!
 //! State goes from KVM to the other engine whole, and back as far as it differs. Code that the other engine has
 //! decoded is dropped when it takes over, as KVM's guests write memory unseen.
 //!
@@ -30,6 +33,7 @@ use x86_spec::controls::{EntryControls, PrimaryControls};
 use x86_spec::exception::{GP, UD};
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::EventType;
+use x86_spec::msr;
 use x86_spec::reg::{cr4, efer, gpr, rflags};
 use x86_spec::segment::{AccessRights, seg};
 
@@ -99,6 +103,7 @@ pub fn can_run(vmcs: &EngineVmcs, kvm: &VmxCapabilities) -> Result<(), NotForKvm
 pub struct HybridEngine<S> {
     kvm: KvmEngine,
     soft: Arc<S>,
+    emulates: bool,
 }
 
 impl<S: Engine> HybridEngine<S> {
@@ -107,7 +112,9 @@ impl<S: Engine> HybridEngine<S> {
     /// # Errors
     /// As [`KvmEngine::new`].
     pub fn new(memory: Arc<MachineMemory>, soft: S) -> Result<Self, EngineError> {
-        Ok(Self { kvm: KvmEngine::new(memory)?, soft: Arc::new(soft) })
+        let kvm = KvmEngine::new(memory)?;
+        let emulates = !crate::probe::runs_cmpxchg16b()?;
+        Ok(Self { kvm, soft: Arc::new(soft), emulates })
     }
 }
 
@@ -146,7 +153,8 @@ impl<S: Engine> Engine for HybridEngine<S> {
             shown: true,
             wrote: false,
             watches: false,
-            breakpoints: [0; 2],
+            breakpoints: [0; 3],
+            emulates: self.emulates,
             takes_vmxe: false,
             stepped: 0,
             streak: 0,
@@ -188,8 +196,10 @@ pub struct HybridVcpu<S: Engine> {
     wrote: bool,
     /// Faults are to be taken back.
     watches: bool,
-    /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
-    breakpoints: [u64; 2],
+    /// KVM's breakpoints at the handlers of #UD and #GP and where SYSCALL leads; 0 is none.
+    breakpoints: [u64; 3],
+    /// KVM emulates kernel code, and leaves CS and SS as they were at SYSCALL.
+    emulates: bool,
     /// KVM takes CR4.VMXE.
     takes_vmxe: bool,
     /// When the exact engine last ran a context of KVM's, by the TSC, and how often in a row it did.
@@ -207,6 +217,10 @@ impl<S: Engine> HybridVcpu<S> {
             // What L0 sets before an entry, and KVM's guest may have changed since.
             let long = vmcs.guest.efer & efer::LMA != 0;
             vmcs.controls.entry.set(EntryControls::IA32E_MODE_GUEST, long);
+            // What KVM let its guest set is the guest's: writes that leave it alone do not exit.
+            let c = &mut vmcs.controls;
+            let others = c.cr4_mask & !cr4::VMXE;
+            c.cr4_shadow = c.cr4_shadow & !others | vmcs.guest.cr4 & others;
         }
         Ok(())
     }
@@ -328,10 +342,13 @@ impl<S: Engine> HybridVcpu<S> {
 
     /// Keeps KVM's breakpoints at the guest's handlers of #UD and #GP.
     fn watch(&mut self, vmcs: &mut EngineVmcs) -> Result<(), Failure> {
-        if !self.watches {
+        if !self.watches && !self.emulates {
             return Ok(());
         }
-        let want = [UD, GP].map(|vector| self.handler(vmcs, vector).unwrap_or(0));
+        let handler = |vector| self.handler(vmcs, vector).filter(|_| self.watches).unwrap_or(0);
+        let syscall = vmcs.guest.efer & (efer::LMA | efer::SCE) == efer::LMA | efer::SCE;
+        let want =
+            [handler(UD), handler(GP), if self.emulates && syscall { self.kvm.msr(msr::LSTAR)? } else { 0 }];
         if want != self.breakpoints {
             let list: Vec<u64> = want.into_iter().filter(|at| *at != 0).collect();
             self.kvm.set_breakpoints(&list)?;
@@ -354,6 +371,18 @@ impl<S: Engine> HybridVcpu<S> {
         present.then_some(low & 0xffff | low >> 32 & 0xffff_0000 | high << 32)
     }
 
+    /// What SYSCALL does with CS and SS (SDM Vol. 2B, SYSCALL).
+    fn complete_syscall(&self, vmcs: &mut EngineVmcs) {
+        let Ok(star) = self.kvm.msr(msr::STAR) else { return };
+        let cs = (star >> 32) as u16 & !3;
+        let flat =
+            |selector, access| Segment { base: 0, limit: u32::MAX, access: AccessRights(access), selector };
+        let g = &mut vmcs.guest;
+        g.segments[seg::CS] = flat(cs, 0xa09b);
+        g.segments[seg::SS] = flat(cs.wrapping_add(8), 0xc093);
+        g.rflags &= !rflags::RF;
+    }
+
     /// The code or data segment of a selector in the GDT (SDM Vol. 3A §3.4.5).
     fn descriptor(&self, g: &GuestState, selector: u16) -> Option<Segment> {
         let at = u32::from(selector & !7);
@@ -374,7 +403,10 @@ impl<S: Engine> HybridVcpu<S> {
     fn take_back(&mut self, vmcs: &mut EngineVmcs) {
         let g = &mut vmcs.guest;
         let rip = g.rip;
-        let [ud, gp] = self.breakpoints;
+        let [ud, gp, syscall] = self.breakpoints;
+        if rip == syscall && g.segments[seg::SS].access.dpl() == 3 {
+            return self.complete_syscall(vmcs);
+        }
         if rip != ud && rip != gp {
             return;
         }

@@ -403,11 +403,19 @@ impl KvmVcpu {
         Ok((xcrs.nr_xcrs > 0).then_some(xcrs.xcrs[0].value))
     }
 
-    /// Has KVM stop before the instructions at these linear addresses, two at most, in place of the
+    /// An MSR of the context.
+    pub(crate) fn msr(&self, index: u32) -> Result<u64, EngineError> {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut list = Msrs::from_entries(&[entry]).map_err(|e| unsupported(format!("{e:?}")))?;
+        self.fd.get_msrs(&mut list).map_err(host("KVM_GET_MSRS"))?;
+        Ok(list.as_slice().first().map_or(0, |e| e.data))
+    }
+
+    /// Has KVM stop before the instructions at these linear addresses, four at most, in place of the
     /// guest's own breakpoints; none gives the guest its own back.
     pub(crate) fn set_breakpoints(&mut self, at: &[u64]) -> Result<(), EngineError> {
         let mut debug = kvm_guest_debug::default();
-        for (i, address) in at.iter().enumerate().take(2) {
+        for (i, address) in at.iter().enumerate().take(4) {
             debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
             debug.arch.debugreg[i] = *address;
             // Gn; condition and length 0 are those of an instruction (SDM Vol. 3B §18.2.4).

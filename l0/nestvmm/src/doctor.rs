@@ -117,7 +117,8 @@ fn print_report(r: &Report) {
         let usable = if e.usable { "usable" } else { "not usable" };
         println!("Engine      {}: {usable}; {}", e.name, e.detail);
         if let Some(speed) = e.instructions_per_second {
-            println!("            {} million guest instructions a second in a small loop", speed / 1_000_000);
+            let millions = speed as f64 / 1e6;
+            println!("            {millions:.1} million guest instructions a second in a small loop");
         }
     }
     println!("Chosen      {}: {}", r.chosen.engine, r.chosen.why);

@@ -42,9 +42,10 @@ fn rig(code: &[u8]) -> Option<Rig> {
     put(TABLES + 0x1000, (TABLES + 0x2000) | ept::RWX);
     put(TABLES + 0x2000, ept::RWX | ept::LARGE | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT);
     memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096).unwrap();
-    put(PAGING, (PAGING + 0x1000) | 3);
-    put(PAGING + 0x1000, (PAGING + 0x2000) | 3);
-    put(PAGING + 0x2000, 1 << 7 | 3);
+    // Present, writable, for user code too.
+    put(PAGING, (PAGING + 0x1000) | 7);
+    put(PAGING + 0x1000, (PAGING + 0x2000) | 7);
+    put(PAGING + 0x2000, 1 << 7 | 7);
     put(GDT + 8, CODE64);
     put(GDT + 16, DATA64);
     for vector in 0..32 {
@@ -200,6 +201,23 @@ fn a_true_fault_is_the_guest_s() {
     // SDM Vol. 3A §6.14.2: RIP, CS, RFLAGS, RSP, SS, with RSP aligned before.
     let word = |i: u64| r.memory.read_u64(MachineAddr(r.vmcs.guest.rsp + 8 * i)).unwrap();
     assert_eq!((word(0), word(1), word(3), word(4)), (CODE + 7, 8, 0x800, 16));
+}
+
+#[test]
+fn syscall_enters_the_kernel() {
+    // syscall; where it leads: hlt
+    let Some(mut r) = rig(&[0x0f, 0x05]) else { return };
+    let g = &mut r.vmcs.guest;
+    g.efer |= efer::SCE;
+    for (i, access, selector) in [(seg::CS, 0xa0fb, 0x33), (seg::SS, 0xc0f3, 0x2b)] {
+        g.segments[i] = Segment { access: AccessRights(access), selector, ..g.segments[i] };
+    }
+    (r.regs.msrs.star, r.regs.msrs.lstar) = (0x0023_0010 << 32, HANDLERS);
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+    let g = &r.vmcs.guest;
+    assert_eq!((g.rip, r.regs.gpr[gpr::RCX]), (HANDLERS, CODE + 2));
+    let segments = [seg::CS, seg::SS].map(|i| (g.segments[i].selector, g.segments[i].access.dpl()));
+    assert_eq!(segments, [(0x10, 0), (0x18, 0)], "SDM Vol. 2B, SYSCALL");
 }
 
 #[test]

@@ -102,7 +102,9 @@ impl<E: Engine> VcpuLoop<E> {
         let q = exit.qualification;
         if (cr_access::cr(q), cr_access::kind(q)) == (4, Kind::MovTo) {
             let value = self.read_gpr(cr_access::gpr(q));
-            let offered = !self.vmcs.controls.cr4_mask | cr4::VMXE;
+            // What the engine let L1 set before stays L1's.
+            let c = &self.vmcs.controls;
+            let offered = !c.cr4_mask | c.cr4_shadow | cr4::VMXE;
             if let Some(n) = &self.nested
                 && value & !offered == 0
                 && n.state.allows_cr4(&n.caps, value)
