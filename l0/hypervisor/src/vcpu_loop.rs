@@ -179,75 +179,83 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     fn enter_until_end(&mut self) -> RunEnd {
-        let handle = self.vm.handle().clone();
         loop {
-            handle.answer_views(self.index, || self.vmcs_view());
-            if let Some(end) = self.service_devices() {
+            if let Some(end) = self.turn() {
                 return end;
             }
-            if self.regs.pmu.interrupt {
-                self.performance_interrupt();
-            }
-            if self.halted {
-                if self.has_wake_event() {
-                    self.halted = false;
-                } else {
-                    self.account_handled();
-                    self.idle(None);
-                    continue;
-                }
-            }
-            if let Some(mwait) = self.mwait {
-                if self.ends_mwait(&mwait) {
-                    self.mwait = None;
-                } else {
-                    self.account_handled();
-                    self.idle(Some(MWAIT_LOOK));
-                    continue;
-                }
-            }
-            if self.in_l2() {
-                if let Some(exit) = self.prepare_l2() {
-                    if !self.account.looks_for_events() {
-                        self.account_handled();
-                    }
-                    if let Outcome::End(end) = self.reflect_exit(&exit) {
-                        return end;
-                    }
-                    continue;
-                }
+        }
+    }
+
+    /// One turn of the loop: at most one entry. `Some` when the machine stops.
+    pub(crate) fn turn(&mut self) -> Option<RunEnd> {
+        let handle = self.vm.handle().clone();
+        handle.answer_views(self.index, || self.vmcs_view());
+        if let Some(end) = self.service_devices() {
+            return Some(end);
+        }
+        if self.regs.pmu.interrupt {
+            self.performance_interrupt();
+        }
+        if self.halted {
+            if self.has_wake_event() {
+                self.halted = false;
             } else {
-                if let Some(exit) = self.settle_before_event() {
-                    self.account_handled();
-                    self.account_exit(&exit);
-                    match self.dispatch(&exit) {
-                        Outcome::Resume => {}
-                        Outcome::Halt => self.halted = true,
-                        Outcome::End(end) => return end,
-                    }
-                    continue;
-                }
-                self.prepare_entry();
-            }
-            if !self.vm.handle().entering(self.index) {
-                continue;
-            }
-            self.account_handled();
-            let exit = self.enter();
-            self.vm.handle().left(self.index);
-            self.account_exit(&exit);
-            let outcome = if self.in_l2() {
-                self.dispatch_l2(&exit)
-            } else {
-                self.keep_interrupted_event(&exit);
-                self.dispatch(&exit)
-            };
-            match outcome {
-                Outcome::Resume => {}
-                Outcome::Halt => self.halted = true,
-                Outcome::End(end) => return end,
+                self.account_handled();
+                self.idle(None);
+                return None;
             }
         }
+        if let Some(mwait) = self.mwait {
+            if self.ends_mwait(&mwait) {
+                self.mwait = None;
+            } else {
+                self.account_handled();
+                self.idle(Some(MWAIT_LOOK));
+                return None;
+            }
+        }
+        if self.in_l2() {
+            if let Some(exit) = self.prepare_l2() {
+                if !self.account.looks_for_events() {
+                    self.account_handled();
+                }
+                if let Outcome::End(end) = self.reflect_exit(&exit) {
+                    return Some(end);
+                }
+                return None;
+            }
+        } else {
+            if let Some(exit) = self.settle_before_event() {
+                self.account_handled();
+                self.account_exit(&exit);
+                match self.dispatch(&exit) {
+                    Outcome::Resume => {}
+                    Outcome::Halt => self.halted = true,
+                    Outcome::End(end) => return Some(end),
+                }
+                return None;
+            }
+            self.prepare_entry();
+        }
+        if !self.vm.handle().entering(self.index) {
+            return None;
+        }
+        self.account_handled();
+        let exit = self.enter();
+        self.vm.handle().left(self.index);
+        self.account_exit(&exit);
+        let outcome = if self.in_l2() {
+            self.dispatch_l2(&exit)
+        } else {
+            self.keep_interrupted_event(&exit);
+            self.dispatch(&exit)
+        };
+        match outcome {
+            Outcome::Resume => {}
+            Outcome::Halt => self.halted = true,
+            Outcome::End(end) => return Some(end),
+        }
+        None
     }
 
     /// VM entry to VM exit. Where the engine lacks exits for CR8, the task priority goes from the local

@@ -91,7 +91,9 @@ impl Cpu {
             let start = self.dr[b.number] & !(b.length as u64 - 1);
             let overlap = linear < start.wrapping_add(b.length as u64) && start < linear.wrapping_add(len);
             if wanted && overlap {
-                self.pending_debug |= 1 << b.number | pending_debug::ENABLED_BREAKPOINT;
+                // They count when the instruction completes, not if it faults or exits.
+                let (at, hits) = self.boundary.data_at.unwrap_or((self.icount, 0));
+                self.boundary.data_at = Some((at, hits | 1 << b.number));
                 self.request_event_check();
             }
         }

@@ -40,7 +40,7 @@ use crate::vmcs01;
 const SHADOW: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
 /// The context of the checks reads L1's memory through this.
-struct Physical<'a>(&'a L1Ram);
+pub(super) struct Physical<'a>(pub &'a L1Ram);
 impl checks::ReadPhysical for Physical<'_> {
     fn read(&self, at: L1Gpa, buf: &mut [u8]) {
         L1Physical::read(self.0, at, buf);

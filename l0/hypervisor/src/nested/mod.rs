@@ -7,6 +7,8 @@ mod direct;
 mod guest;
 pub(crate) mod l1;
 mod msrs;
+#[cfg(test)]
+mod random_entries;
 mod root;
 mod shadow;
 mod sync;
