@@ -2,7 +2,11 @@
 //!
 //! The fuzz targets in `fuzz/` and the bounded runs in this crate's tests share them.
 
+mod vmx_program;
+
 use std::sync::Arc;
+
+pub use vmx_program::vmx;
 
 use engine::{Engine, EngineVmcs, ExitBus, GuestRegs, Segment, Vcpu, VmExit};
 use engine_soft::SoftEngine;

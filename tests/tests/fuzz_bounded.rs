@@ -34,6 +34,18 @@ fn random_code_in_every_mode() {
     }
 }
 
+/// Random programs of VMX instructions in L1, with L2s.
+#[test]
+fn random_vmx_programs() {
+    let mut r = Random(0x1234_5678);
+    for round in 0..600u32 {
+        let len = 20 + (r.next() % 400) as usize;
+        let mut data = r.bytes(len);
+        data[0] = round as u8;
+        fuzz::vmx(&data);
+    }
+}
+
 /// Any accesses to any device.
 #[test]
 fn random_device_accesses() {

@@ -63,7 +63,8 @@ fn representable(vmcs: &EngineVmcs, efer_value: u64) -> bool {
         && !(code64 && cs.db())
         && g.rflags & rflags::FIXED1 != 0
         && (!v86 || g.cr0 & cr0::PE != 0)
-        && if code64 { canonical(g.rip) } else { g.rip >> 32 == 0 }
+        // Bits 63:48 of RIP are identical; with another bit 47 the fetch is #GP (§27.3.1.4).
+        && if code64 { matches!(g.rip >> 48, 0 | 0xffff) } else { g.rip >> 32 == 0 }
         && g.segments.iter().all(|s| s.access.unusable() || canonical(s.base))
         && canonical(g.segments[seg::FS].base)
         && canonical(g.segments[seg::GS].base)

@@ -347,7 +347,8 @@ impl Rig {
                 Some(end) => return Err(end),
             }
             let failed = self.vm.handle().failed_entries();
-            assert_eq!(failed.count, failures, "{:?}", failed.last.back());
+            let refused = self.cpu.nested.as_ref().map(|n| &n.vmcs01.guest);
+            assert_eq!(failed.count, failures, "{:?}: {refused:#x?}", failed.last.back());
         }
         Ok(())
     }

@@ -222,6 +222,7 @@ super::cases! { true;
     "exit.state.saved" "Vol. 3C 28.3" state_saved;
     "exit.state.host" "Vol. 3C 28.5" host_state;
     "exit.state.host_segments" "Vol. 3C 28.5.2" host_segments;
+    "exit.state.rip_not_canonical" "Vol. 3C 27.3.1.4" rip_not_canonical;
     "exit.state.entry_cleared" "Vol. 3C 28.2" entry_info_cleared;
     "exit.state.lma" "Vol. 3C 28.3" save_lma;
     "exit.state.debug_controls" "Vol. 3C 28.3.1" debug_controls;
@@ -929,6 +930,20 @@ fn host_segments(ctx: &mut Ctx) -> Outcome {
     unsafe { core::arch::asm!("sidt [{}]", in(reg) pointer.as_mut_ptr()) };
     check!("IDTR limit", pointer[0], 0xffff);
     unsafe { core::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", "mov fs, {1:e}", in(reg) 0x10, in(reg) 0) };
+    Ok(())
+}
+
+/// VM entry asks for identical bits 63:48 of RIP and leaves bit 47 to the fetch, which is #GP.
+fn rip_not_canonical(ctx: &mut Ctx) -> Outcome {
+    let mut vm = Vm::new(&ctx.caps, code!["vmcall"])?;
+    vm.set(EXCEPTIONS, 1 << 13)?;
+    for rip in [1_u64 << 47, 0xffff_7fff_ffff_f000] {
+        vm.set(GUEST_RIP, rip)?;
+        let e = vm.expect(reason::EXCEPTION_NMI)?;
+        check!("interruption information", e.info, 0x8000_0b0d_u32);
+        check!("error code", e.code, 0);
+        check!("RIP", e.rip, rip);
+    }
     Ok(())
 }
 
