@@ -1,4 +1,6 @@
 //! See `tests::fuzz::vmx`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tests::fuzz::vmx(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    tests::fuzz::vmx(data);
+});

@@ -44,7 +44,7 @@ const DATA: u64 = 0x8_0000;
 /// Most operations of a program.
 const MAX_OPERATIONS: usize = 120;
 /// Most turns of the loop; each asks the board for events.
-const MAX_TURNS: u32 = 3000;
+const MAX_TURNS: u32 = 1000;
 /// How long a guest may run without an exit, in nanoseconds.
 const SLICE: u64 = 20_000;
 /// When a run ends that nothing else ends, such as one of an L2 that waits for a start-up IPI.
@@ -339,8 +339,8 @@ fn lay_out(ram: &L1Ram, code: &[u8]) {
 }
 
 /// Runs the input as a program of VMX instructions in L1, for a bounded time. The first byte chooses how L1
-/// accesses its VMCS.
-pub fn vmx(data: &[u8]) {
+/// accesses its VMCS. Returns how many exits of L2 there were.
+pub fn vmx(data: &[u8]) -> u64 {
     let mut b = Bytes(data);
     let vmcs_access = if b.u8() & 1 == 0 { VmcsAccess::Trapped } else { VmcsAccess::Shadow };
     let ept02 = Ept02Config { pages: MIN_EPT02_PAGES, ..Ept02Config::default() };
@@ -377,6 +377,7 @@ pub fn vmx(data: &[u8]) {
     if let RunEnd::Internal(what) = end {
         panic!("L0 or the engine did what it must not: {what}");
     }
+    vm.handle().stats(0).map_or(0, |s| s.l2_exits)
 }
 
 /// Where fields are in a shadow VMCS, as `nestvmm run` tells the engine.
