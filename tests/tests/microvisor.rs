@@ -290,8 +290,15 @@ fn benchmarks_measure_every_kind_of_exit() {
 fn a_plain_guest_measures_its_exits() {
     let finished = Launch::new(["bench", "vmexit", "--engine", "soft", "--rounds", "100"]).run(LIMIT);
     finished.expect_status(0);
-    for name in ["cpuid", "rd_tsc_adjust_msr", "outb_to_post", "mmio_read", "self_ipi_sti_hlt", "page_touch"]
-    {
+    for name in [
+        "cpuid",
+        "rd_pat_msr",
+        "rd_tsc_adjust_msr",
+        "outb_to_post",
+        "mmio_read",
+        "self_ipi_sti_hlt",
+        "page_touch",
+    ] {
         let line = finished.output.lines().find(|l| l.split_whitespace().nth(1) == Some(name));
         assert!(line.is_some_and(|l| l.starts_with("bench ")), "{name}: {}", finished.output);
     }

@@ -31,9 +31,11 @@ const EXITS: &[Exit] = &[
     // What a KVM's kernel part handles.
     Exit { name: "cpuid", once: |_| _ = cpu::cpuid(0, 0) },
     Exit { name: "vmcall", once: hypercall },
+    Exit { name: "rd_pat_msr", once: |_| _ = cpu::msr(cpu::MSR_PAT) },
+    Exit { name: "mov_to_cr0", once: |_| _ = cpu::set_cr0(cpu::cr0() ^ CR0_TS) },
+    // What nestvmm handles itself in any case: time is its own.
     Exit { name: "rd_tsc_adjust_msr", once: |_| _ = cpu::msr(cpu::MSR_TSC_ADJUST) },
     Exit { name: "wr_tsc_adjust_msr", once: |_| _ = cpu::wrmsr(cpu::MSR_TSC_ADJUST, 0) },
-    Exit { name: "mov_to_cr0", once: |_| _ = cpu::set_cr0(cpu::cr0() ^ CR0_TS) },
     // What its userspace handles.
     Exit { name: "outb_to_post", once: |_| cpu::outb(POST_PORT, 0) },
     Exit { name: "inl_from_pmtimer", once: |_| _ = cpu::inl(PM_TIMER) },
