@@ -337,6 +337,8 @@ impl<S: Engine> HybridVcpu<S> {
             && regs.gpr[gpr::RCX] & 0xffff_ffff == IA32_VMX_BASIC
         {
             self.watches = true;
+            // The IDT may be elsewhere after any exit.
+            self.kvm.show_all_at_exits();
         }
     }
 

@@ -49,9 +49,16 @@ pub(crate) fn install_handler() -> io::Result<()> {
     done.map_err(io::Error::from_raw_os_error)
 }
 
+thread_local! {
+    /// This thread's id, asked for once: each entry needs it.
+    static THREAD_ID: i32 = {
+        // SAFETY: the call has no arguments and can't fail.
+        unsafe { libc::gettid() }
+    };
+}
+
 fn thread_id() -> i32 {
-    // SAFETY: the call has no arguments and can't fail.
-    unsafe { libc::gettid() }
+    THREAD_ID.with(|id| *id)
 }
 
 /// What a vCPU and those who kick it share.

@@ -107,7 +107,7 @@ impl KvmState {
         self.sregs.interrupt_bitmap = [0; 4];
     }
 
-    /// Shows the state in VMCS and registers.
+    /// Shows the state in VMCS and registers, but for the system registers.
     pub fn show(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
         let g = &mut vmcs.guest;
         for (i, r) in general(&mut self.regs).into_iter().enumerate() {
@@ -118,6 +118,12 @@ impl KvmState {
             }
         }
         (g.rip, g.rflags) = (self.regs.rip, self.regs.rflags);
+        g.interruptibility = self.interruptibility();
+    }
+
+    /// Shows the system registers.
+    pub fn show_system(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) {
+        let g = &mut vmcs.guest;
         for (i, s) in segments(&mut self.sregs) {
             g.segments[i] = to_segment(s);
         }
@@ -125,7 +131,6 @@ impl KvmState {
         (g.gdtr, g.idtr) = (to_table(&s.gdt), to_table(&s.idt));
         (g.cr0, g.cr3, g.cr4, g.efer) = (s.cr0, s.cr3, s.cr4, s.efer);
         regs.cr2 = s.cr2;
-        g.interruptibility = self.interruptibility();
     }
 
     fn interruptibility(&self) -> u32 {
@@ -248,6 +253,7 @@ mod tests {
         assert_eq!(state.take(&vmcs, &regs), Dirty { sregs: true, ..Dirty::default() });
         let (mut shown, mut shown_regs) = (EngineVmcs::default(), GuestRegs::reset());
         state.show(&mut shown, &mut shown_regs);
+        state.show_system(&mut shown, &mut shown_regs);
         assert_eq!(shown.guest, vmcs.guest);
         assert_eq!(shown_regs.gpr, regs.gpr);
     }

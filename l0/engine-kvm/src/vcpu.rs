@@ -68,7 +68,9 @@ pub(crate) enum Failure {
     Breakpoint,
     #[error("KVM waits for the answer to an access that L0 left open")]
     Open,
-    #[error("L0 changed the state in the middle of an instruction that KVM has not finished")]
+    #[error(
+        "L0 changed state that it had not seen, or in the middle of an instruction that KVM has not finished"
+    )]
     Unsettled,
 }
 
@@ -164,6 +166,10 @@ pub struct KvmVcpu {
     access: Option<Access>,
     /// The last access is answered, but KVM has not finished its instruction: `state` is from before.
     unfinished: bool,
+    /// KVM's guest has run since `state` got the system registers.
+    stale: bool,
+    /// Every exit shows them.
+    shows_all: bool,
     kick: Arc<KickState>,
     timer: Option<Timer>,
     /// In nanoseconds of CLOCK_MONOTONIC.
@@ -180,7 +186,7 @@ impl KvmVcpu {
         let fields = KVM_SYNC_X86_VALID_FIELDS as i32;
         let sync = shared.vm.check_extension_int(Cap::SyncRegs) & fields == fields;
         if sync {
-            for part in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            for part in [SyncReg::Register, SyncReg::VcpuEvents] {
                 fd.set_sync_valid_reg(part);
             }
         }
@@ -199,6 +205,8 @@ impl KvmVcpu {
             loaded: None,
             access: None,
             unfinished: false,
+            stale: false,
+            shows_all: false,
             kick: Arc::default(),
             timer: None,
             deadline: None,
@@ -217,24 +225,48 @@ impl KvmVcpu {
 
     // ---- state --------------------------------------------------------------------------
 
-    /// Takes the state that KVM has after a run.
+    /// Takes the state that KVM has after a run, but for the system registers: in a guest of a KVM, reading
+    /// them costs as much as the rest of an exit, and few exits need them.
     fn fetch(&mut self) -> Result<(), EngineError> {
         if self.sync {
             let all = self.fd.sync_regs();
-            self.state = KvmState { regs: all.regs, sregs: all.sregs, events: all.events };
+            (self.state.regs, self.state.events) = (all.regs, all.events);
         } else {
             self.state.regs = self.fd.get_regs().map_err(host("KVM_GET_REGS"))?;
-            self.state.sregs = self.fd.get_sregs().map_err(host("KVM_GET_SREGS"))?;
             self.state.events = self.fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?;
         }
+        self.stale = true;
         self.state.normalise();
         Ok(())
+    }
+
+    /// Takes and shows the system registers too, if KVM's guest has run since they were.
+    fn show_system(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<(), EngineError> {
+        if self.stale {
+            self.state.sregs = self.fd.get_sregs().map_err(host("KVM_GET_SREGS"))?;
+            self.state.normalise();
+            self.stale = false;
+            self.state.show_system(vmcs, regs);
+        }
+        Ok(())
+    }
+
+    /// Whether L0 answers an exit for this reason without a look at system registers.
+    fn is_light(&self, reason: Option<u32>) -> bool {
+        const LIGHT: [u32; 5] =
+            [KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_HLT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SET_TPR];
+        !self.shows_all && reason.is_some_and(|r| LIGHT.contains(&r))
+    }
+
+    /// Has every exit show the system registers.
+    pub(crate) fn show_all_at_exits(&mut self) {
+        self.shows_all = true;
     }
 
     /// Gives KVM what L0 changed.
     fn load(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), Failure> {
         let dirty = self.state.take(vmcs, regs);
-        if self.unfinished && dirty != Dirty::default() {
+        if self.unfinished && dirty != Dirty::default() || self.stale && dirty.sregs {
             return Err(Failure::Unsettled);
         }
         if self.sync {
@@ -356,6 +388,7 @@ impl KvmVcpu {
         vmcs: &mut EngineVmcs,
         regs: &mut GuestRegs,
     ) -> Result<(), EngineError> {
+        self.show_system(vmcs, regs)?;
         self.show_rest(vmcs, regs)?;
         let area = self.fd.get_xsave().map_err(host("KVM_GET_XSAVE"))?;
         fpu::show(&area, self.shared.ymm_offset, &mut regs.fpu);
@@ -552,6 +585,9 @@ impl KvmVcpu {
         let reason = self.run_guest(vmcs)?;
         regs.cr8 = self.run_structure().cr8;
         self.state.show(vmcs, regs);
+        if !self.is_light(reason) {
+            self.show_system(vmcs, regs)?;
+        }
         let exit = match reason {
             None => self.interrupted(vmcs),
             Some(reason) => self.translate_exit(reason, vmcs, regs)?,
@@ -623,9 +659,12 @@ impl KvmVcpu {
     /// RDMSR or WRMSR: KVM steps over it, L0 decides what it does.
     fn finish_msr(&mut self, vmcs: &EngineVmcs, reason: ExitReason) -> Result<VmExit, Failure> {
         self.run_structure().__bindgen_anon_1.msr.error = 0;
+        // Stepping over it leaves the system registers as they were shown.
+        let stale = self.stale;
         if let Some(other) = self.finish()? {
             return Err(Failure::Unfinished(other));
         }
+        self.stale = stale;
         let length = self.state.regs.rip.wrapping_sub(vmcs.guest.rip);
         Ok(VmExit { instruction_length: length as u32 & 15, ..VmExit::new(reason) })
     }
@@ -745,10 +784,12 @@ impl KvmVcpu {
     ) -> Result<Option<VmExit>, Failure> {
         for _ in 0..MAX_ACCESSES {
             if !self.unfinished {
+                self.show_system(vmcs, regs)?;
                 return Ok(None);
             }
             let reason = self.finish()?;
             self.state.show(vmcs, regs);
+            self.show_system(vmcs, regs)?;
             let Some(reason) = reason else {
                 // A fault of the instruction waits in KVM; L0 must not choose another event.
                 let (info, code) = self.state.interrupted_event();

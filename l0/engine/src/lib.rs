@@ -193,7 +193,8 @@ pub trait Vcpu: Send {
 
     /// Makes `vmcs` and `regs` show the state after the instruction that [`Self::emulate`] executed. An
     /// engine may leave that to the next [`Self::enter`], so this comes before anything that reads the
-    /// state, changes it or injects an event. Further accesses of the instruction go to `bus`. `None`, or an exit
+    /// state, changes it or injects an event. It may also leave segment, table and control registers as an
+    /// earlier exit showed them at exits for accesses, HLT and interrupt windows; this brings them. Further accesses of the instruction go to `bus`. `None`, or an exit
     /// that the rest of the instruction caused; a fault of the instruction is left as the event to inject.
     fn settle(
         &mut self,
