@@ -234,8 +234,8 @@ impl<S: Engine> HybridVcpu<S> {
                 if self.shown {
                     self.kvm.load_vectors(regs)?;
                 }
+                self.watch(vmcs, regs)?;
                 (self.shown, self.wrote) = (false, true);
-                self.watch(vmcs)?;
                 self.show_vmxe(vmcs);
                 let result = self.kvm.try_enter(vmcs, regs);
                 self.hide_vmxe(vmcs);
@@ -343,14 +343,21 @@ impl<S: Engine> HybridVcpu<S> {
     }
 
     /// Keeps KVM's breakpoints at the guest's handlers of #UD and #GP.
-    fn watch(&mut self, vmcs: &mut EngineVmcs) -> Result<(), Failure> {
+    fn watch(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), Failure> {
         if !self.watches && !self.emulates {
             return Ok(());
         }
         let handler = |vector| self.handler(vmcs, vector).filter(|_| self.watches).unwrap_or(0);
         let syscall = vmcs.guest.efer & (efer::LMA | efer::SCE) == efer::LMA | efer::SCE;
-        let want =
-            [handler(UD), handler(GP), if self.emulates && syscall { self.kvm.msr(msr::LSTAR)? } else { 0 }];
+        let want = [
+            handler(UD),
+            handler(GP),
+            match (self.emulates && syscall, self.shown) {
+                (true, true) => regs.msrs.lstar,
+                (true, false) => self.kvm.msr(msr::LSTAR)?,
+                _ => 0,
+            },
+        ];
         if want != self.breakpoints {
             let list: Vec<u64> = want.into_iter().filter(|at| *at != 0).collect();
             self.kvm.set_breakpoints(&list)?;
