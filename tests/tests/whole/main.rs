@@ -8,4 +8,5 @@ mod input;
 mod linux;
 mod nested;
 mod payloads;
+mod scenarios;
 mod terminal;
