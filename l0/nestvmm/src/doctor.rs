@@ -8,7 +8,7 @@ use engine::Engine;
 use engine_kvm::KvmEngine;
 use engine_soft::SoftEngine;
 use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmcsAccess};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer};
 use machine::boot::{BootGprs, BootState, BootTable};
 use machine::{Pc, PcConfig};
 use memory::{L1Gpa, MachineMemory};
@@ -196,14 +196,28 @@ fn kvm_report(cpu: &CpuReport) -> KvmReport {
         ("xsave", Cap::Xsave),
         ("tsc control", Cap::TscControl),
     ];
-    KvmReport::Present {
-        api_version: kvm.get_api_version(),
-        kind: kind.into(),
-        capabilities: caps
-            .into_iter()
-            .map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) })
-            .collect(),
+    let mut capabilities: Vec<Feature> = caps
+        .into_iter()
+        .map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) })
+        .collect();
+    capabilities.push(Feature { name: "nested state read and set", present: nested_state_works(&kvm) });
+    KvmReport::Present { api_version: kvm.get_api_version(), kind: kind.into(), capabilities }
+}
+
+/// Whether KVM_GET_NESTED_STATE gives a vCPU's state and KVM_SET_NESTED_STATE takes it back (KVM API
+/// documentation §4.114 and §4.115), as migration of guests that are hypervisors needs it.
+fn nested_state_works(kvm: &Kvm) -> bool {
+    if !kvm.check_extension(Cap::NestedState) {
+        return false;
     }
+    let round_trip = || {
+        let vm = kvm.create_vm()?;
+        let vcpu = vm.create_vcpu(0)?;
+        let mut state = KvmNestedStateBuffer::empty();
+        vcpu.nested_state(&mut state)?;
+        vcpu.set_nested_state(&state)
+    };
+    round_trip().is_ok()
 }
 
 fn kvm_engine_report() -> EngineReport {
