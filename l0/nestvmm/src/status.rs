@@ -53,7 +53,7 @@ Exit status of `scenario run`:
    4  a scenario has a mistake, or a file can't be used
    6  the host lacks something
   14  a scenario failed
- 128+N when signal N ended the run";
+ 128+N  when signal N ended the run";
 
 /// A message for the user and the status to end with.
 #[derive(Debug)]
