@@ -196,10 +196,8 @@ fn kvm_report(cpu: &CpuReport) -> KvmReport {
         ("xsave", Cap::Xsave),
         ("tsc control", Cap::TscControl),
     ];
-    let mut capabilities: Vec<Feature> = caps
-        .into_iter()
-        .map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) })
-        .collect();
+    let mut capabilities: Vec<Feature> =
+        caps.into_iter().map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) }).collect();
     capabilities.push(Feature { name: "nested state read and set", present: nested_state_works(&kvm) });
     KvmReport::Present { api_version: kvm.get_api_version(), kind: kind.into(), capabilities }
 }
