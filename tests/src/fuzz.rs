@@ -4,12 +4,14 @@
 
 mod vmx_program;
 
+use std::io::Cursor;
 use std::sync::Arc;
 
 pub use vmx_program::vmx;
 
 use engine::{Engine, EngineVmcs, ExitBus, GuestRegs, Segment, Vcpu, VmExit};
 use engine_soft::SoftEngine;
+use exit_trace::{Event, Exit, Level, Statistics, Trace};
 use machine::boot::{self, BootEntry, BootFile, BootRequest};
 use memory::{Gpa, L1Gpa, L1Ram, MachineAddr, MachineMemory, RamLayout};
 use x86_spec::controls::{EntryControls, ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
@@ -301,4 +303,62 @@ pub fn image(data: &[u8]) {
     file.write_all(data).expect("a writable temporary file");
     let _ = machine::image::open(file.path(), None, 16 << 20);
     let _ = machine::image::read_disk(file.path());
+}
+
+/// An exit trace: read, summed up and exported. With an even first byte the rest is damage done to a good trace, at
+/// places that it names; else the rest is the file.
+pub fn trace(data: &[u8]) {
+    let Some((first, rest)) = data.split_first() else { return };
+    let file = if first % 2 == 0 { damaged_trace(Bytes(rest)) } else { rest.to_vec() };
+    let Ok(mut trace) = Trace::new(Cursor::new(file)) else { return };
+    let mut statistics = Statistics::default();
+    for cpu in 0..trace.header().vcpus.min(4) {
+        let visit = |event: Option<Event>| {
+            match event {
+                Some(event) => statistics.event(&event),
+                None => statistics.gap(),
+            }
+            true
+        };
+        trace.for_each(cpu, visit).expect("memory can be read");
+    }
+    let _ = statistics.summary(0).to_string();
+    exit_trace::export(&mut trace, std::io::sink(), |_| true).expect("memory can be read");
+}
+
+/// A small trace with bytes changed. Checksums are made good again, as otherwise damage would go no further.
+fn damaged_trace(mut bytes: Bytes<'_>) -> Vec<u8> {
+    use exit_trace::format::{CHUNK_SIZE, ChunkHeader, HEADER_SIZE, RECORD_SIZE};
+    const COUNT: usize = 40;
+    let header = exit_trace::format::Header { vcpus: 1, chunks: 2, tsc_hz: 1, start_unix_ns: 0 };
+    let mut file = vec![0; HEADER_SIZE + 2 * CHUNK_SIZE];
+    let head = header.encode();
+    file[..head.len()].copy_from_slice(&head);
+    for sequence in 0..2 {
+        let at = HEADER_SIZE + sequence * CHUNK_SIZE;
+        let records = &mut file[at + RECORD_SIZE..][..COUNT * RECORD_SIZE];
+        for record in records.chunks_exact_mut(RECORD_SIZE) {
+            let reason = ExitReason::ALL[usize::from(bytes.u8()) % ExitReason::ALL.len()];
+            let mut exit = Exit::new(Level::L1, reason);
+            (exit.time_ns, exit.guest_ns, exit.l0_ns) = (bytes.value(), bytes.value(), bytes.value());
+            record.copy_from_slice(&exit_trace::format::encode(&Event::Exit(exit)));
+            // Flags, reasons and lengths of any value.
+            let field = 52 + usize::from(bytes.u8() % 12);
+            record[field] = bytes.u8();
+        }
+        let sum = exit_trace::format::checksum(records);
+        let chunk = ChunkHeader {
+            cpu: 0,
+            sequence: sequence as u64 + 2 * (bytes.value() >> 1 & 1),
+            first: bytes.value(),
+            count: COUNT as u32,
+            sum,
+        };
+        file[at..at + RECORD_SIZE].copy_from_slice(&chunk.encode());
+    }
+    let cut = bytes.value() as usize;
+    if cut % 4 == 0 {
+        file.truncate(HEADER_SIZE + cut / 4 % (2 * CHUNK_SIZE));
+    }
+    file
 }

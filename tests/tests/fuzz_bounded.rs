@@ -85,3 +85,13 @@ fn random_kernels() {
         fuzz::image(&data);
     }
 }
+
+/// Exit traces, damaged or made of nothing.
+#[test]
+fn random_traces() {
+    let mut r = Random(0x7472_6163_65);
+    for _ in 0..300 {
+        let len = (r.next() % 4096) as usize;
+        fuzz::trace(&r.bytes(len));
+    }
+}

@@ -308,13 +308,27 @@ fn a_plain_guest_measures_its_exits() {
 
 /// Exit statistics of a benchmark of CPUID with `rounds` rounds.
 fn cpuid_statistics(access: &str, rounds: u64) -> VcpuSummary {
-    let file = tempfile::NamedTempFile::new().expect("a temporary file");
-    let path = file.path().to_str().expect("its path is UTF-8");
+    let [json, trace] =
+        [(); 2].map(|()| tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path());
+    let [json, trace] = [&json, &trace].map(|p| p.to_str().expect("its path is UTF-8"));
     let words = format!("bench only=cpuid rounds={rounds}");
-    run(&["--vmcs-access", access, "--exit-stats-json", path], &words).expect_status(1);
-    let text = fs::read_to_string(path).expect("the statistics are there");
-    let mut summary: Summary = serde_json::from_str(&text).expect("they are JSON");
-    summary.vcpus.pop().expect("of one vCPU")
+    let options = ["--vmcs-access", access, "--exit-stats-json", json, "--trace-exits", trace];
+    run(&options, &words).expect_status(1);
+    let parse = |text: &str| -> VcpuSummary {
+        let mut summary: Summary = serde_json::from_str(text).expect("statistics are JSON");
+        summary.vcpus.pop().expect("of one vCPU")
+    };
+    let counted = parse(&fs::read_to_string(json).expect("the statistics are there"));
+    // The trace has the same, but for what only the engine knows.
+    let summary = Launch::new(["trace", "summary", "--json", trace]).run(LIMIT);
+    let traced = VcpuSummary {
+        instructions: counted.instructions,
+        vmcs_accesses: counted.vmcs_accesses,
+        hand_overs: counted.hand_overs,
+        ..parse(&summary.output)
+    };
+    assert_eq!(traced, counted);
+    counted
 }
 
 /// Two benchmarks, `cpuid` and `cpuid_bare`, have so many rounds each, from one exit of L2 to the next. The

@@ -6,8 +6,8 @@ use std::fmt;
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::InterruptionInfo;
 
-use crate::Statistics;
 use crate::summary::{HandOvers, Instructions, VcpuSummary, VmcsAccesses};
+use crate::{Statistics, TraceWriter};
 
 /// How many exits a [`Recorder`] remembers, for a crash report.
 pub const LAST: usize = 32;
@@ -132,6 +132,20 @@ impl fmt::Display for Exit {
     }
 }
 
+/// What a trace has records of. Times are in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An exit.
+    Exit(Exit),
+    /// Waiting for an interrupt after HLT.
+    Idle {
+        /// When it began, from the start of the machine.
+        time_ns: u64,
+        /// How long it took.
+        ns: u64,
+    },
+}
+
 /// What one vCPU's exits go to.
 #[derive(Debug, Default)]
 pub struct Recorder {
@@ -147,14 +161,24 @@ pub struct Recorder {
     pub vmcs_accesses: Option<VmcsAccesses>,
     /// What one part of the engine left to the other, where it has two.
     pub hand_overs: Option<HandOvers>,
+    /// The file that gets a record of each exit.
+    pub trace: Option<TraceWriter>,
 }
 
 impl Recorder {
+    /// One whose records go to a file too.
+    pub fn with_trace(trace: TraceWriter) -> Self {
+        Self { trace: Some(trace), ..Self::default() }
+    }
+
     /// Takes an exit; its number and cause are filled in here. `instructions`: what the engine has
     /// counted so far, 0 if it does not count.
     pub fn exit(&mut self, mut exit: Exit, instructions: u64) {
         self.number(&mut exit);
         self.statistics.exit(&exit);
+        if let Some(t) = &mut self.trace {
+            t.push(&Event::Exit(exit), self.exits + 1);
+        }
         let executed = instructions.wrapping_sub(self.counted);
         self.counted = instructions;
         match exit.level {
@@ -181,9 +205,20 @@ impl Recorder {
         }
     }
 
-    /// Notes `ns` of waiting for an interrupt after HLT.
-    pub fn idle(&mut self, ns: u64) {
-        self.statistics.idle(ns);
+    /// Notes that the vCPU waited for an interrupt after HLT, `ns` from `time_ns` on.
+    pub fn idle(&mut self, time_ns: u64, ns: u64) {
+        let event = Event::Idle { time_ns, ns };
+        self.statistics.event(&event);
+        if let Some(t) = &mut self.trace {
+            t.push(&event, self.exits + 1);
+        }
+    }
+
+    /// Writes what the trace's file does not have yet.
+    pub fn flush_trace(&mut self) {
+        if let Some(t) = &mut self.trace {
+            t.flush();
+        }
     }
 
     /// The last exits, oldest first; `unfinished` is one that is being handled.

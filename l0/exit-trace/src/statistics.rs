@@ -5,13 +5,18 @@
 use hdrhistogram::Histogram;
 use x86_spec::exit::ExitReason;
 
-use crate::record::{Exit, Level};
+use crate::record::{Event, Exit, Level};
 use crate::summary::{Caused, ForwardedRow, Latency, Row, TimeShares, VcpuSummary};
 
 /// Longest time that is told apart, in nanoseconds.
 const MAX_NS: u64 = 10_000_000_000;
 /// More than the largest exit reason.
 const REASONS: usize = 80;
+
+/// Adds times, which a damaged trace may have any of.
+fn add(to: &mut u64, ns: u64) {
+    *to = to.saturating_add(ns);
+}
 
 /// The distribution of a time.
 #[derive(Debug)]
@@ -143,12 +148,12 @@ impl Open {
 
     fn add(&mut self, exit: &Exit) {
         let i = exit.reason as usize;
-        self.l0_ns += exit.l0_ns;
-        self.l1_ns += exit.guest_ns;
+        add(&mut self.l0_ns, exit.l0_ns);
+        add(&mut self.l1_ns, exit.guest_ns);
         self.exits += 1;
         if let Some(c) = self.cells.get_mut(i) {
             c.count += 1;
-            c.l0_ns += exit.l0_ns;
+            add(&mut c.l0_ns, exit.l0_ns);
             self.touched |= 1 << i;
         }
     }
@@ -170,7 +175,7 @@ pub struct Statistics {
 impl Statistics {
     /// Counts an exit.
     pub fn exit(&mut self, exit: &Exit) {
-        self.time.l0_ns += exit.l0_ns;
+        add(&mut self.time.l0_ns, exit.l0_ns);
         match exit.level {
             Level::L1 => self.exit_of_l1(exit),
             Level::L2 => self.exit_of_l2(exit),
@@ -179,7 +184,7 @@ impl Statistics {
 
     fn exit_of_l1(&mut self, exit: &Exit) {
         self.l1_exits += 1;
-        self.time.l1_ns += exit.guest_ns;
+        add(&mut self.time.l1_ns, exit.guest_ns);
         if let Some(t) = self.l1.get_or_insert(exit.reason, Times::new) {
             t.add(exit.l0_ns);
         }
@@ -194,7 +199,7 @@ impl Statistics {
 
     fn exit_of_l2(&mut self, exit: &Exit) {
         self.l2_exits += u64::from(!exit.synthesized);
-        self.time.l2_ns += exit.guest_ns;
+        add(&mut self.time.l2_ns, exit.guest_ns);
         self.close();
         let Some(reason) = exit.forwarded else {
             if let Some(t) = self.kept.get_or_insert(exit.reason, Times::new) {
@@ -214,21 +219,29 @@ impl Statistics {
     fn close(&mut self) {
         let Some(reason) = self.open.reason.take() else { return };
         let Some(f) = self.forwarded.get_or_insert(reason, Forwarded::new) else { return };
-        f.round_trip.add(self.open.l0_ns + self.open.l1_ns);
-        f.l1_ns += self.open.l1_ns;
+        f.round_trip.add(self.open.l0_ns.saturating_add(self.open.l1_ns));
+        add(&mut f.l1_ns, self.open.l1_ns);
         f.l1_exits += self.open.exits;
         self.caused_exits += self.open.exits;
         for i in bits(self.open.touched) {
             if let (Some(to), Some(from)) = (f.caused.get_mut(i), self.open.cells.get(i)) {
                 to.count += from.count;
-                to.l0_ns += from.l0_ns;
+                add(&mut to.l0_ns, from.l0_ns);
             }
         }
     }
 
-    /// Notes `ns` of waiting for an interrupt after HLT.
-    pub fn idle(&mut self, ns: u64) {
-        self.time.idle_ns += ns;
+    /// Takes an exit or a time of waiting.
+    pub fn event(&mut self, event: &Event) {
+        match event {
+            Event::Exit(exit) => self.exit(exit),
+            Event::Idle { ns, .. } => add(&mut self.time.idle_ns, *ns),
+        }
+    }
+
+    /// Exits are missing here: what L1 works on is not known.
+    pub fn gap(&mut self) {
+        self.open.start(None, 0);
     }
 
     /// What they tell of vCPU `cpu`.
@@ -313,7 +326,7 @@ mod tests {
             s.exit(&l1(ExitReason::Cpuid, 900, i * 10));
         }
         s.exit(&l1(ExitReason::Hlt, 0, 1));
-        s.idle(77);
+        s.event(&Event::Idle { time_ns: 5, ns: 77 });
         let t = s.summary(3);
         assert_eq!((t.cpu, t.exits, t.l1_exits, t.l2_exits, t.exit_multiplication), (3, 101, 101, 0, None));
         assert_eq!(t.time, TimeShares { l0_ns: 50_501, l1_ns: 90_000, l2_ns: 0, idle_ns: 77 });

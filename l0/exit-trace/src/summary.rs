@@ -91,7 +91,7 @@ pub struct TimeShares {
 impl TimeShares {
     /// All but waiting, in nanoseconds.
     pub fn busy_ns(&self) -> u64 {
-        self.l0_ns + self.l1_ns + self.l2_ns
+        self.l0_ns.saturating_add(self.l1_ns).saturating_add(self.l2_ns)
     }
 }
 

@@ -144,7 +144,7 @@ impl VcpuSummary {
                 h.instructions, h.entries
             )?;
         }
-        let guest_ns = self.time.l1_ns + self.time.l2_ns;
+        let guest_ns = self.time.l1_ns.saturating_add(self.time.l2_ns);
         if let Some(i) = self.instructions
             && guest_ns > 0
         {

@@ -24,6 +24,11 @@ impl Account {
         Self { start, ns_per_tick: (1_000_000_000 << 32) / hz.max(1), since_ns: 0, current: None }
     }
 
+    /// End of what is accounted, in nanoseconds from the start.
+    pub fn since_ns(&self) -> u64 {
+        self.since_ns
+    }
+
     /// Nanoseconds since the last call.
     pub fn lap(&mut self, tsc: u64) -> u64 {
         let ticks = tsc.wrapping_sub(self.start);

@@ -413,8 +413,9 @@ impl<E: Engine> VcpuLoop<E> {
         }
         // Whoever notified may have changed a device.
         self.deadline = None;
+        let from = self.account.since_ns();
         let ns = self.account.lap(self.vm.engine().tsc());
-        self.vm.handle().with_recorder(self.index, |r| r.idle(ns));
+        self.vm.handle().with_recorder(self.index, |r| r.idle(from, ns));
     }
 
     /// Starts MWAIT's wait, if a line is armed; that ends its being armed.

@@ -346,6 +346,24 @@ impl VmHandle {
         }
     }
 
+    /// Has the exits of vCPU `cpu` written to a trace.
+    pub fn set_trace(&self, cpu: usize, trace: exit_trace::TraceWriter) {
+        self.with_recorder(cpu, |r| r.trace = Some(trace));
+    }
+
+    /// Writes what the traces' file does not have yet.
+    ///
+    /// # Errors
+    /// Why a trace ended early.
+    pub fn flush_traces(&self) -> Result<(), String> {
+        let flush = |r: &mut Recorder| {
+            r.flush_trace();
+            let error = r.trace.as_ref().and_then(|t| t.error());
+            error.map_or(Ok(()), |e| Err(e.to_string()))
+        };
+        (0..self.0.cpus.len()).filter_map(|cpu| self.with_recorder(cpu, flush)).collect()
+    }
+
     /// VM entries of L1 that failed so far, and why.
     pub fn failed_entries(&self) -> FailedEntries {
         lock(&self.0.failed_entries).clone()

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use x86_spec::exit::ExitReason;
 
 use hypervisor::{Ept02Config, MAX_EPT02_PAGES, MIN_EPT02_PAGES};
 
@@ -46,9 +47,121 @@ pub enum Command {
     /// Run guests as files describe it, and judge what they do
     #[command(subcommand)]
     Scenario(ScenarioCommand),
+    /// Read what `run --trace-exits` wrote
+    #[command(subcommand)]
+    Trace(TraceCommand),
     /// Measure speed, as ratios against a peer in the same run
     #[command(subcommand)]
     Bench(BenchCommand),
+}
+
+/// Subcommands of `trace`.
+#[derive(Debug, Subcommand)]
+pub enum TraceCommand {
+    /// Print the tables of `run --exit-stats`, of a trace or a part of it
+    Summary(TraceSummaryArgs),
+    /// Print a line for each exit
+    Show(TraceShowArgs),
+    /// Write trace-event JSON, which Perfetto and Chrome show
+    Export(TraceExportArgs),
+}
+
+/// Which part of a trace.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct TraceWindow {
+    /// Leave out what was before this time, in seconds from the machine's start
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub from: Option<u64>,
+    /// Leave out what was after this time
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub to: Option<u64>,
+}
+
+/// Arguments of `trace summary`.
+#[derive(Debug, Args)]
+pub struct TraceSummaryArgs {
+    /// File that `run --trace-exits` wrote
+    pub file: PathBuf,
+    /// Which part of it.
+    #[command(flatten)]
+    pub window: TraceWindow,
+    /// Print JSON, as `run --exit-stats-json` writes it
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `trace show`.
+#[derive(Debug, Args)]
+pub struct TraceShowArgs {
+    /// File that `run --trace-exits` wrote
+    pub file: PathBuf,
+    /// Which part of it.
+    #[command(flatten)]
+    pub window: TraceWindow,
+    /// Only exits of this level
+    #[arg(long, value_enum)]
+    pub level: Option<TraceLevel>,
+    /// Only exits that this level handled
+    #[arg(long, value_enum)]
+    pub owner: Option<TraceOwner>,
+    /// Only exits for this reason, by name (CPUID); may be repeated
+    #[arg(long = "reason", value_name = "NAME", value_parser = parse_reason)]
+    pub reasons: Vec<ExitReason>,
+    /// Only the exit with this number, or those from FIRST to LAST
+    #[arg(long, value_name = "FIRST[-LAST]", value_parser = parse_numbers)]
+    pub number: Option<(u64, u64)>,
+    /// Only exits that exit N caused
+    #[arg(long, value_name = "N")]
+    pub cause: Option<u64>,
+}
+
+/// Arguments of `trace export`.
+#[derive(Debug, Args)]
+pub struct TraceExportArgs {
+    /// File that `run --trace-exits` wrote
+    pub file: PathBuf,
+    /// Which part of it.
+    #[command(flatten)]
+    pub window: TraceWindow,
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// `trace show --level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TraceLevel {
+    /// L0's guest.
+    L1,
+    /// L1's guest.
+    L2,
+}
+
+/// `trace show --owner`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TraceOwner {
+    /// L0 alone.
+    L0,
+    /// L1.
+    L1,
+}
+
+/// Seconds as nanoseconds.
+fn parse_seconds(s: &str) -> Result<u64, String> {
+    let seconds: f64 = s.parse().map_err(|_| "give seconds, for example 1.5")?;
+    // Larger ones saturate.
+    if seconds >= 0.0 { Ok((seconds * 1e9) as u64) } else { Err("give seconds from 0 on".into()) }
+}
+
+fn parse_reason(s: &str) -> Result<ExitReason, String> {
+    let found = ExitReason::ALL.iter().find(|r| r.name().eq_ignore_ascii_case(s));
+    found.copied().ok_or_else(|| "is no exit reason; `nestvmm trace summary` names those that occur".into())
+}
+
+fn parse_numbers(s: &str) -> Result<(u64, u64), String> {
+    let (first, last) = s.split_once('-').unwrap_or((s, s));
+    let number = |n: &str| n.parse().map_err(|_| "give a number, or FIRST-LAST".to_owned());
+    Ok((number(first)?, number(last)?))
 }
 
 /// Subcommands of `bench`.
@@ -349,6 +462,12 @@ pub struct RunArgs {
     /// Write exit statistics as JSON to FILE at the end and on SIGUSR1
     #[arg(long, value_name = "FILE")]
     pub exit_stats_json: Option<PathBuf>,
+    /// Write a record of each VM exit to FILE, for `nestvmm trace`
+    #[arg(long, value_name = "FILE")]
+    pub trace_exits: Option<PathBuf>,
+    /// Most that this file takes; the oldest records give way
+    #[arg(long, value_name = "SIZE", default_value = "64M", requires = "trace_exits")]
+    pub trace_exits_size: TraceSize,
     /// Write a log to FILE
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -517,25 +636,42 @@ impl FromStr for ConsoleTarget {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySize(pub u64);
 
+/// A number of bytes; without a suffix, of MiB.
+fn parse_size(s: &str) -> Result<u64, String> {
+    let digits = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+    let (number, suffix) = s.split_at(digits);
+    let shift = match suffix.to_ascii_uppercase().as_str() {
+        "K" | "KIB" => 10,
+        "" | "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        _ => return Err("give a number with suffix K, M, G or T, for example 2G".into()),
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "give a number with suffix K, M, G or T, for example 2G".into())
+}
+
 impl FromStr for MemorySize {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let digits = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
-        let (number, suffix) = s.split_at(digits);
-        let shift = match suffix.to_ascii_uppercase().as_str() {
-            "K" | "KIB" => 10,
-            "" | "M" | "MIB" => 20,
-            "G" | "GIB" => 30,
-            "T" | "TIB" => 40,
-            _ => return Err("give a number with suffix K, M, G or T, for example 2G".into()),
-        };
-        let bytes = number
-            .parse::<u64>()
-            .ok()
-            .and_then(|n| n.checked_mul(1 << shift))
-            .ok_or("give a number with suffix K, M, G or T, for example 2G")?;
+        let bytes = parse_size(s)?;
         if bytes < MIN_MEMORY {
             return Err(format!("too little: at least {} MiB are needed", MIN_MEMORY >> 20));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+/// `--trace-exits-size`: bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceSize(pub u64);
+
+impl FromStr for TraceSize {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bytes = parse_size(s)?;
+        if bytes < exit_trace::MIN_SIZE {
+            return Err(format!("too little: at least {}K are needed", exit_trace::MIN_SIZE.div_ceil(1024)));
         }
         Ok(Self(bytes))
     }
@@ -561,6 +697,18 @@ mod tests {
         for bad in ["63M", "", "G", "-1G", "1.5G", "99999999999T", "1X", "18446744073709551616"] {
             assert_eq!(ok(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn parts_of_a_trace() {
+        assert_eq!(parse_seconds("1.5"), Ok(1_500_000_000));
+        assert!(parse_seconds("-1").is_err() && parse_seconds("nan").is_err() && parse_seconds("").is_err());
+        assert_eq!(parse_reason("cpuid"), Ok(ExitReason::Cpuid));
+        assert!(parse_reason("nothing").is_err());
+        assert_eq!((parse_numbers("7"), parse_numbers("7-9")), (Ok((7, 7)), Ok((7, 9))));
+        assert!(parse_numbers("7-").is_err() && parse_numbers("x").is_err());
+        assert_eq!("132K".parse(), Ok(TraceSize(132 << 10)));
+        assert!("131K".parse::<TraceSize>().is_err());
     }
 
     #[test]

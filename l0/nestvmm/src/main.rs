@@ -15,6 +15,8 @@ mod scenario;
 mod session;
 mod status;
 mod terminal;
+mod trace_command;
+mod trace_file;
 
 use std::process::ExitCode;
 
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args).map(|()| 0),
         Command::Bench(command) => bench::bench(&command).map(|()| 0),
         Command::Scenario(command) => scenario::scenario(&command),
+        Command::Trace(command) => trace_command::trace(&command).map(|()| 0),
         Command::Image(command) => image_command::image(command).map(|()| 0),
     };
     match result {

@@ -26,6 +26,7 @@ use crate::exec::host::Exec;
 use crate::session::{Running, Session};
 use crate::status::{self, Failure};
 use crate::terminal::RawMode;
+use crate::trace_file::TraceFile;
 
 /// Number of vCPUs.
 const CPUS: u16 = 1;
@@ -204,7 +205,10 @@ fn boot_once<E: Engine + 'static>(
 
     let vm = builder.build(pc.clone());
     let handle = vm.handle().clone();
+    let tsc_hz = vm.engine().tsc_frequency();
     let mut vcpu = VcpuLoop::new(vm, 0, Start::Boot(&loaded.state)).map_err(vm_failure)?;
+    let trace = args.trace_exits.as_deref();
+    let trace = trace.map(|p| TraceFile::start(p, args.trace_exits_size.0, &handle, tsc_hz)).transpose()?;
     session.set_running(Running { pc, handle, stats_json: args.exit_stats_json.clone() });
     let thread = std::thread::Builder::new()
         .name("vcpu0".into())
@@ -212,6 +216,9 @@ fn boot_once<E: Engine + 'static>(
         .spawn(move || vcpu.run())
         .map_err(|e| Failure::host(format!("can't start the vCPU's thread: {e}")))?;
     let end = thread.join();
+    if let Some(trace) = trace {
+        trace.finish();
+    }
     if let Some(stopped) = session.clear_running() {
         // However the run ended: what the guest printed last is what one wants to see.
         stopped.pc.flush_console();

@@ -317,3 +317,50 @@ fn exit_stats_are_printed_at_the_end() {
     let err = String::from_utf8_lossy(&out.stderr);
     assert!(err.contains("IO_INSTRUCTION") && err.contains("1 exits"), "{err}");
 }
+
+/// `nestvmm trace` with these arguments.
+fn trace(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nestvmm")).arg("trace").args(arguments).output().unwrap()
+}
+
+#[test]
+fn a_trace_has_every_exit_even_after_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("trace");
+    let path = file.to_str().unwrap();
+    let k = kernel(dir.path(), &[&print("up\n"), &ECHO, &DEBUG_EXIT]);
+    let options = ["--debug-exit", "--trace-exits", path, "--trace-exits-size", "1M"];
+    let mut child = command(&k, &options).stdin(Stdio::piped()).spawn().unwrap();
+    wait_for(child.stdout.as_mut().unwrap(), "up\n");
+    signal(&child, Signal::KILL);
+    child.wait().unwrap();
+    // The guest polls, so the exits are many; which of them are in the file is the killer's luck.
+    let killed = trace(&["show", path]);
+    assert!(killed.status.success(), "{killed:?}");
+    assert!(killed.stderr.is_empty(), "{killed:?}");
+
+    let mut child = command(&k, &options).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"q").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0x15 << 1 | 1));
+    // The ring has the last: the exit that ended the run, of `out 0xf4, al` with a qualification of port and
+    // size (SDM table 28-5).
+    let shown = trace(&["show", path, "--reason", "io_instruction", "--level", "l1", "--owner", "l0"]);
+    let text = String::from_utf8_lossy(&shown.stdout);
+    let last = text.lines().last().unwrap_or_default();
+    assert!(last.contains("IO_INSTRUCTION") && last.contains("qualification 0xf40040"), "{last}");
+    let none = trace(&["show", path, "--level", "l2"]);
+    assert!(none.status.success() && none.stdout.is_empty(), "{none:?}");
+}
+
+#[test]
+fn what_is_no_trace_is_an_error_that_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "this is text, longer than a header's magic").unwrap();
+    for command in [&["summary"][..], &["show"], &["export", "--output", "/dev/null"]] {
+        let out = trace(&[command, &[file.to_str().unwrap()]].concat());
+        let err = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(4), "{err}");
+        assert!(err.contains("this is no exit trace") && err.contains(file.to_str().unwrap()), "{err}");
+    }
+}

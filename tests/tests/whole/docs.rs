@@ -36,7 +36,7 @@ fn options(help: &str) -> BTreeSet<String> {
 #[test]
 fn the_user_guide_has_every_option() {
     let guide = fs::read_to_string(root().join("docs/user-guide.md")).expect("the user guide is there");
-    let commands: [&[&str]; 11] = [
+    let commands: [&[&str]; 14] = [
         &[],
         &["run"],
         &["demo"],
@@ -48,6 +48,9 @@ fn the_user_guide_has_every_option() {
         &["scenario", "run"],
         &["scenario", "list"],
         &["scenario", "check"],
+        &["trace", "summary"],
+        &["trace", "show"],
+        &["trace", "export"],
     ];
     for command in commands {
         let finished = Launch::new(command.iter().copied()).arg("--help").run(LIMIT);
