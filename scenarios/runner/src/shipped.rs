@@ -13,8 +13,11 @@ shipped! {
     "l1-boot",
     "l1-crash",
     "l2-exits",
+    "l2-panic-of-l1",
+    "l2-module-reload",
     "l2-boot",
     "l2-memory-pressure",
+    "l2-two-at-once",
 }
 
 #[cfg(test)]
