@@ -6,7 +6,7 @@
 //! is waited for with the limit of the run loop, so that its interrupt comes at the end of a block.
 //!
 //! Time in which the host ran something else is no cycle of the guest's, at least where it is long enough to
-//! be told from the guest's own ([`AWAY_PARTS`]): else a guest's NMI watchdog would take a stopped or
+//! be told from the guest's own ([`AWAY_PARTS`]): else a guest's NMI watchdog could take a stopped or
 //! starved program for a lockup.
 //!
 //! The registers are written outside the engine only: WRMSR has to exit. The interrupt request is in
