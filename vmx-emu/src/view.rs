@@ -48,7 +48,8 @@ impl ThreeWay<'_> {
         let c = self.vmcs02.map(|v| &v.controls);
         let none = ControlOrigins::default();
         let o = self.origins.unwrap_or(&none);
-        let fields: [(Field, &[Control], u32, Option<u32>, &Origins); 5] = [
+        type Row<'a> = (Field, &'a [Control], u32, Option<u32>, &'a Origins);
+        let fields: [Row<'_>; 5] = [
             (Field::PinControls, capabilities::PIN, a.pin.bits(), c.map(|c| c.pin.bits()), &o.pin),
             (
                 Field::PrimaryControls,

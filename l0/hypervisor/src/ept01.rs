@@ -171,9 +171,9 @@ impl Ept01 {
     /// Puts the large pages around `at` together again that hold nothing protected.
     fn merge(&self, p: &mut Protected, at: L1Gpa) -> Result<bool, MemoryError> {
         let mut merged = false;
-        for level in 1..3 {
+        for (level, shift) in SHIFT.into_iter().enumerate().take(3).skip(1) {
             let start = start(at.0, level);
-            let pages = start >> SHIFT[0]..(start + (1 << SHIFT[level])) >> SHIFT[0];
+            let pages = start >> SHIFT[0]..(start + (1 << shift)) >> SHIFT[0];
             if p.pages.range(pages).next().is_some() {
                 break;
             }

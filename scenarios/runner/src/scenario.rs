@@ -261,7 +261,7 @@ impl TryFrom<StepTable> for Step {
 }
 
 /// How a run ends.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Default, Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "EndTable")]
 pub struct End {
     /// nestvmm's exit status.
@@ -270,12 +270,6 @@ pub struct End {
     pub stop: bool,
     /// Texts on nestvmm's standard error.
     pub errors: Vec<String>,
-}
-
-impl Default for End {
-    fn default() -> Self {
-        Self { status: 0, stop: false, errors: Vec::new() }
-    }
 }
 
 #[derive(Default, Deserialize)]

@@ -489,8 +489,11 @@ fn many_tables(ctx: &mut Ctx) -> Outcome {
     Ok(())
 }
 
+/// Writes to the entry at the first argument, which holds the second, the third.
+type Writer = unsafe fn(u64, u64, u64);
+
 /// Instructions that write RCX to an entry at RDX, which holds RAX.
-const WRITERS: &[(&str, unsafe fn(u64, u64, u64))] = &[
+const WRITERS: &[(&str, Writer)] = &[
     ("MOV", |slot, _, new| unsafe { core::arch::asm!("mov [{}], {}", in(reg) slot, in(reg) new) }),
     ("LOCK CMPXCHG", |slot, old, new| unsafe {
         core::arch::asm!("lock cmpxchg [{}], {}", in(reg) slot, in(reg) new, inout("rax") old => _)

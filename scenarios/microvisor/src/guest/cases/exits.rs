@@ -726,7 +726,8 @@ fn task_switch_gate(ctx: &mut Ctx) -> Outcome {
 /// Task gates in the IDT: the event is in the vectoring information.
 fn task_switch_idt(ctx: &mut Ctx) -> Outcome {
     // What, code, VM-entry injection, the vectoring information, its error code, instruction length.
-    let rows: [(&str, u64, u64, u32, u32, Option<u32>); 5] = [
+    type Row = (&'static str, u64, u64, u32, u32, Option<u32>);
+    let rows: [Row; 5] = [
         ("INT n", code![".byte 0xcd, 0x20"], 0, 0x8000_0420, 0, Some(2)),
         ("INT3", code![".byte 0xcc"], 0, 0x8000_0603, 0, Some(1)),
         ("#UD", code![".byte 0x0f, 0x0b"], 0, 0x8000_0306, 0, None),
