@@ -91,9 +91,8 @@ impl Cpu {
             let start = self.dr[b.number] & !(b.length as u64 - 1);
             let overlap = linear < start.wrapping_add(b.length as u64) && start < linear.wrapping_add(len);
             if wanted && overlap {
-                // They count when the instruction completes, not if it faults or exits.
-                let (at, hits) = self.boundary.data_at.unwrap_or((self.icount, 0));
-                self.boundary.data_at = Some((at, hits | 1 << b.number));
+                // Taken back if the instruction does not complete.
+                self.pending_debug |= 1 << b.number | pending_debug::ENABLED_BREAKPOINT;
                 self.request_event_check();
             }
         }
