@@ -428,9 +428,10 @@ pub struct RunArgs {
     /// What executes the guest's instructions; auto takes the fastest that works here
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
-    /// Offer VMX to the guest, so that it can be a hypervisor
-    #[arg(long, value_enum, default_value_t = OnOff::On)]
-    pub vmx: OnOff,
+    /// Offer VMX to the guest, so that it can be a hypervisor [default: on; off with --engine kvm, where it is
+    /// incomplete]
+    #[arg(long, value_enum)]
+    pub vmx: Option<OnOff>,
     /// How L1 accesses its VMCS
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
@@ -503,6 +504,13 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+impl RunArgs {
+    /// Whether the guest is offered VMX. On `/dev/kvm` only if it was asked for: see docs/unsupported.md.
+    pub fn offers_vmx(&self) -> bool {
+        self.vmx.unwrap_or(if self.engine == EngineChoice::Kvm { OnOff::Off } else { OnOff::On }) == OnOff::On
+    }
 }
 
 /// `--engine`.

@@ -17,7 +17,7 @@ use memory::MachineMemory;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{
-    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnOff, OnReset, RunArgs,
+    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnReset, RunArgs,
 };
 use crate::console::{Console, Output};
 use crate::crash;
@@ -163,7 +163,7 @@ fn boot_once<E: Engine + 'static>(
     let config = VmConfig {
         ram: args.memory.0,
         cpus: CPUS.into(),
-        vmx: args.vmx == OnOff::On,
+        vmx: args.offers_vmx(),
         vmcs_access: args.vmcs_access.into(),
         ept02: Ept02Config { pages: args.ept02_pages, sync: args.ept_sync.into() },
     };
