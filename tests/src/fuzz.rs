@@ -357,7 +357,7 @@ fn damaged_trace(mut bytes: Bytes<'_>) -> Vec<u8> {
         file[at..at + RECORD_SIZE].copy_from_slice(&chunk.encode());
     }
     let cut = bytes.value() as usize;
-    if cut % 4 == 0 {
+    if cut.is_multiple_of(4) {
         file.truncate(HEADER_SIZE + cut / 4 % (2 * CHUNK_SIZE));
     }
     file

@@ -89,7 +89,7 @@ fn random_kernels() {
 /// Exit traces, damaged or made of nothing.
 #[test]
 fn random_traces() {
-    let mut r = Random(0x7472_6163_65);
+    let mut r = Random(0x74_7261_6365);
     for _ in 0..300 {
         let len = (r.next() % 4096) as usize;
         fuzz::trace(&r.bytes(len));

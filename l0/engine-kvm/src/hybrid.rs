@@ -554,6 +554,10 @@ impl<S: Engine> Vcpu for HybridVcpu<S> {
         Some(self.count)
     }
 
+    fn vmcs_accesses(&self) -> Option<engine::VmcsAccesses> {
+        self.soft.vmcs_accesses()
+    }
+
     fn failure(&self) -> Option<&str> {
         self.kvm.failure().or_else(|| self.soft.failure())
     }

@@ -193,6 +193,8 @@ pub struct Cpu {
     pub virtual_apic: crate::system::virtual_apic::VirtualApic,
     /// Where fields are in a shadow VMCS.
     pub shadow_layout: Arc<crate::system::shadow_vmcs::ShadowLayout>,
+    /// VMREADs and VMWRITEs that did not exit.
+    pub vmcs_accesses: engine::VmcsAccesses,
     /// What is remembered between instruction boundaries.
     pub boundary: crate::system::pending::Boundary,
     /// The performance-monitoring unit's registers, but for IA32_PERF_GLOBAL_CTRL.

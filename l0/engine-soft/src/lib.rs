@@ -195,6 +195,7 @@ impl Cpu {
             force_single: false,
             virtual_apic: system::virtual_apic::VirtualApic::default(),
             shadow_layout: Arc::default(),
+            vmcs_accesses: engine::VmcsAccesses::default(),
             boundary: system::pending::Boundary::default(),
             pmu: regs.pmu,
             perf_global_ctrl: guest.perf_global_ctrl,
@@ -372,6 +373,10 @@ impl Vcpu for SoftVcpu {
 
     fn instructions(&self) -> u64 {
         self.cpu.icount
+    }
+
+    fn vmcs_accesses(&self) -> Option<engine::VmcsAccesses> {
+        Some(self.cpu.vmcs_accesses)
     }
 
     fn translate(&mut self, vmcs: &EngineVmcs, _regs: &GuestRegs, linear: u64) -> Option<Gpa> {

@@ -153,6 +153,15 @@ pub enum LinearFault {
     Exit(VmExit),
 }
 
+/// Accesses to shadow VMCSs, which do not exit (SDM Vol. 3C §25.10).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmcsAccesses {
+    /// VMREADs.
+    pub vmreads: u64,
+    /// VMWRITEs.
+    pub vmwrites: u64,
+}
+
 /// How often the parts of an engine that is made of two handed the guest to each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HandOvers {
@@ -252,6 +261,11 @@ pub trait Vcpu: Send {
 
     /// How often the engine handed the guest to another one, for engines that are made of two.
     fn hand_overs(&self) -> Option<HandOvers> {
+        None
+    }
+
+    /// VMREADs and VMWRITEs that did not exit, for engines that count them.
+    fn vmcs_accesses(&self) -> Option<VmcsAccesses> {
         None
     }
 

@@ -62,7 +62,7 @@ pub struct VcpuSummary {
     pub time: TimeShares,
     /// Guest instructions, where the engine counts them.
     pub instructions: Option<Instructions>,
-    /// L1's VMREADs and VMWRITEs that did not exit, where the engine counts them.
+    /// VMREADs and VMWRITEs in shadow VMCSs, which do not exit, where the engine counts them.
     pub vmcs_accesses: Option<VmcsAccesses>,
     /// What KVM left to the software engine, where both run the guest.
     #[serde(default)]
@@ -113,7 +113,7 @@ pub struct HandOvers {
     pub entries: u64,
 }
 
-/// Accesses of L1 to its VMCS that did not exit.
+/// VMREADs and VMWRITEs in shadow VMCSs, which do not exit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmcsAccesses {
     /// VMREADs.

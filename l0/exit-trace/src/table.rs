@@ -134,7 +134,7 @@ impl fmt::Display for VcpuSummary {
 impl VcpuSummary {
     /// What the engine counts besides exits.
     fn counters(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(v) = self.vmcs_accesses {
+        if let Some(v) = self.vmcs_accesses.filter(|v| *v != crate::VmcsAccesses::default()) {
             writeln!(f, "without an exit: {} VMREADs, {} VMWRITEs", v.vmreads, v.vmwrites)?;
         }
         if let Some(h) = self.hand_overs {

@@ -131,6 +131,7 @@ fn operand_size(cpu: &Cpu) -> u8 {
 /// #GP(0), faults of the destination.
 pub(super) fn vmread(cpu: &mut Cpu, i: &Instruction) -> Exec {
     cpu.require_cpl0()?;
+    cpu.vmcs_accesses.vmreads += 1;
     if cpu.controls.shadow_vmcs.0 == u64::MAX {
         cpu.vmx_outcome(Outcome::FailInvalid);
         return Ok(());
@@ -154,6 +155,7 @@ pub(super) fn vmread(cpu: &mut Cpu, i: &Instruction) -> Exec {
 /// #GP(0), faults of the source.
 pub(super) fn vmwrite(cpu: &mut Cpu, i: &Instruction) -> Exec {
     cpu.require_cpl0()?;
+    cpu.vmcs_accesses.vmwrites += 1;
     if cpu.controls.shadow_vmcs.0 == u64::MAX {
         cpu.vmx_outcome(Outcome::FailInvalid);
         return Ok(());
