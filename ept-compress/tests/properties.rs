@@ -92,6 +92,25 @@ fn build(maps12: &[Mapping], maps01: &[Mapping]) -> Tables {
     Tables { world, root12, root01 }
 }
 
+/// Bits 6:3 (memory type and "ignore PAT") of a mapping that both tables have: EPT01's where it ignores
+/// the PAT, else EPT12's "ignore PAT" and the stricter type (SDM Vol. 3C §29.3.7, Vol. 3A table 12-7).
+fn type_bits(t: &Tables, gpa: u64) -> Option<u64> {
+    let leaf = |root, at| match t.world.reference(root, at) {
+        Walked::Page { address, memory_type, entries, .. } => {
+            Some((address, memory_type, t.world.entry(*entries.last()?) & 1 << 6))
+        }
+        _ => None,
+    };
+    let (l1_gpa, type12, ignore12) = leaf(t.root12, gpa)?;
+    let (_, type01, ignore01) = leaf(t.root01, l1_gpa)?;
+    Some(match (type12, type01) {
+        (_, b) if ignore01 != 0 => b << 3 | ignore01,
+        (a, b) if a == b || b == 6 => a << 3 | ignore12,
+        (6, b) => b << 3 | ignore12,
+        _ => ignore12,
+    })
+}
+
 /// What the architecture says of the access, by the reference walker: the rights that it needs.
 fn needed(a: &Access, ad: bool) -> u64 {
     let walk = ad && a.paging_structure;
@@ -165,6 +184,10 @@ proptest! {
                 Err(other) => panic!("{other}"),
             };
             prop_assert_eq!(&got_short, &expected, "gpa {:#x} {:?}", gpa, a);
+            if let Ok(c) = &got {
+                let bits = (c.memory_type as u64) << 3 | u64::from(c.ignore_pat) << 6;
+                prop_assert_eq!(Some(bits), type_bits(&t, *gpa));
+            }
             // Flags: A on the whole path, D on the leaf of a write, if L1 lets the access through.
             let allowed = !matches!(expected, Expected::L1Violation(_) | Expected::L1Misconfiguration);
             for (i, (at, was)) in entries.iter().zip(&old).enumerate() {
@@ -214,11 +237,13 @@ proptest! {
                 }
             }
             if let Ok(f) = filled {
-                let Walked::Page { rights, size, .. } = t.world.reference(eptp02, *gpa) else {
+                let Walked::Page { rights, size, entries, .. } = t.world.reference(eptp02, *gpa) else {
                     return Err(TestCaseError::fail("not filled"));
                 };
                 prop_assert_eq!(needed(a, ad) & !rights, 0);
                 prop_assert_eq!(size, f.mapping.level.size());
+                let leaf = entries.last().map(|at| t.world.entry(*at) & 0x78);
+                prop_assert_eq!(leaf, type_bits(&t, *gpa));
             }
         }
         drop(ept02);

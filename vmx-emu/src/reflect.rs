@@ -624,6 +624,7 @@ mod tests {
         let mut b = Bench::new();
         b.vmcs12.set(Field::ExitControls, 0);
         assert_eq!(b.reflect(&VmExit::new(ExitReason::Cpuid)), Err(Abort::HostAddressSpace));
+        assert_eq!(Abort::HostAddressSpace.indicator(), 6);
         b.vmcs02.guest.efer = efer::NXE;
         b.reflect(&VmExit::new(ExitReason::Cpuid)).unwrap();
         let g = &b.vmcs01.guest;
@@ -746,7 +747,11 @@ mod tests {
             let Abort::LoadHostMsrs(failure) = fails(LOAD, word) else { panic!("another abort") };
             assert_eq!((failure.entry, failure.word, failure.rule), (1, word, rule));
         }
-        assert_eq!(fails(LOAD, 1 << 32 | 0x12).indicator(), 4);
+        for (list, indicator) in [(STORE, 1), (LOAD, 4)] {
+            let abort = fails(list, 1 << 32 | 0x12);
+            assert_eq!(abort.indicator(), indicator);
+            assert!(abort.to_string().starts_with(&format!("VMX abort {indicator}: ")));
+        }
     }
 
     #[test]
@@ -759,7 +764,9 @@ mod tests {
         assert_eq!(b.vmcs01.guest.pdptes, [0x5001, 0, 0x6001, 0]);
         // Bit 1 of a present PDPTE is reserved (SDM Vol. 3A table 4-8).
         b.put(0x7000, &[0x5003]);
-        assert_eq!(b.reflect(&VmExit::new(ExitReason::Cpuid)), Err(Abort::HostPdptes { cr3: 0x7000 }));
+        let abort = Abort::HostPdptes { cr3: 0x7000 };
+        assert_eq!(b.reflect(&VmExit::new(ExitReason::Cpuid)), Err(abort));
+        assert_eq!(abort.indicator(), 2);
     }
 
     /// §28.5.5 and §26.3: who has NMIs blocked afterwards.

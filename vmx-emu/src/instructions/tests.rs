@@ -13,7 +13,7 @@ use super::vmfunc::{VmFunction, vmfunc};
 use super::*;
 use crate::capabilities::{FeatureControl, misc};
 use crate::explain::InstructionError as E;
-use crate::fields::{FieldType, OperandSize, Width};
+use crate::fields::Width;
 use crate::state::Operation;
 use crate::testing::*;
 use crate::vmcs12::{LaunchState, REVISION, SHADOW_INDICATOR, Vmcs12};
@@ -581,7 +581,9 @@ proptest! {
     #[test]
     fn vmread_after_vmwrite(field in any_field(), value: u64, before: u64, high: bool, long: bool) {
         let mut m = Machine::long().with_current(VMCS_A);
-        m.state.current_mut().unwrap().set(field, before);
+        for f in Field::ALL {
+            m.state.current_mut().unwrap().set(*f, before);
+        }
         if !long {
             m.l1.guest.efer = 0;
         }
@@ -596,16 +598,27 @@ proptest! {
             w => w.mask(),
         };
         prop_assert_eq!(m.l1.regs.gpr[gpr::RCX], value & bits);
-        if high {
-            let low = m.state.current().unwrap().read(field, Access::Full, OperandSize::Bits32);
-            prop_assert_eq!(low, before & 0xffff_ffff);
+        // The whole field: a high access leaves the low half, a 32-bit one clears the high half; and
+        // no other field has changed.
+        let whole = if high { before & 0xffff_ffff | value << 32 } else { value & bits };
+        for f in Field::ALL {
+            let expected = if *f == field { whole } else { before & f.width().mask() };
+            prop_assert_eq!(m.state.current().unwrap().get(*f), expected, "{}", f.name());
         }
     }
 
-    /// VMCLEAR and VMPTRLD keep every field, in any order with another VMCS.
+    /// VMCLEAR and VMPTRLD keep every field, in any order with another VMCS. VMPTRLD alone keeps the
+    /// launch state too, VMCLEAR makes it clear, and neither touches the first eight bytes of the
+    /// region, which are software's and VMX abort's (SDM Vol. 3C §25.2).
     #[test]
-    fn vmcs12_survives_round_trips(values in proptest::collection::vec(any::<u64>(), Field::COUNT)) {
+    fn vmcs12_survives_round_trips(
+        values in proptest::collection::vec(any::<u64>(), Field::COUNT), launched: bool, abort: u32,
+    ) {
         let mut m = Machine::long().with_current(VMCS_A);
+        m.put32(VMCS_A + 4, abort);
+        let first = m.get64(VMCS_A);
+        let state = if launched { LaunchState::Launched } else { LaunchState::Clear };
+        m.state.current_mut().unwrap().launch_state = state;
         for (f, v) in Field::ALL.iter().zip(&values) {
             m.l1.regs.gpr[gpr::RCX] = *v;
             prop_assert_eq!(m.field(R::Vmwrite, f.encoding() as u64), if m.caps.has_field(*f) { SUCCEED } else { fail(E::UnsupportedComponent) });
@@ -613,16 +626,22 @@ proptest! {
         prop_assert_eq!(m.pointer(R::Vmclear, VMCS_B), SUCCEED);
         prop_assert_eq!(m.pointer(R::Vmptrld, VMCS_B), SUCCEED);
         prop_assert_eq!(m.state.current().unwrap().get(Field::GuestRip), 0);
+        prop_assert_eq!(m.state.current().unwrap().launch_state, LaunchState::Clear);
+        prop_assert_eq!(m.pointer(R::Vmptrld, VMCS_A), SUCCEED);
+        prop_assert_eq!(m.state.current().unwrap().launch_state, state);
         prop_assert_eq!(m.pointer(R::Vmclear, VMCS_A), SUCCEED);
         prop_assert_eq!(m.pointer(R::Vmptrld, VMCS_A), SUCCEED);
+        prop_assert_eq!(m.state.current().unwrap().launch_state, LaunchState::Clear);
         prop_assert_eq!(m.pointer(R::Vmclear, VMCS_A), SUCCEED);
         prop_assert_eq!(m.pointer(R::Vmptrld, VMCS_A), SUCCEED);
         for (f, v) in Field::ALL.iter().zip(&values) {
-            if m.caps.has_field(*f) && f.field_type() != FieldType::ReadOnly {
+            // Refused VMWRITEs left their number in the VM-instruction error.
+            if m.caps.has_field(*f) && *f != Field::VmInstructionError {
                 prop_assert_eq!(m.field(R::Vmread, f.encoding() as u64), SUCCEED);
                 prop_assert_eq!(m.l1.regs.gpr[gpr::RCX], v & f.width().mask(), "{}", f.name());
             }
         }
+        prop_assert_eq!(m.get64(VMCS_A), first);
     }
 
     /// Any stream of exits with any registers, modes and memory: no panic, and the state stays

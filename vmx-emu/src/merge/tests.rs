@@ -199,7 +199,7 @@ proptest! {
         ports in prop::collection::vec(any::<u16>(), 1..20),
         msrs in prop::collection::vec(prop_oneof![0..0x2000u32, 0x800..0x900u32, 0xc000_0000..0xc000_2000u32, any::<u32>()], 1..20),
         events in prop::collection::vec((0..32u8, 0..0x40u32), 1..20),
-        values in prop::collection::vec(any::<u64>(), 1..20), xss: [u64; 2],
+        values in prop::collection::vec(any::<u64>(), 1..20), xss: [u64; 2], tsc: [u64; 2],
     ) {
         let mut b = Bench::new(C::from_bits_truncate(p01[1]), C::from_bits_truncate(p12[1]));
         let c = &mut b.vmcs01.controls;
@@ -209,6 +209,7 @@ proptest! {
         c.exception_bitmap = exc[0];
         (c.pfec_mask, c.pfec_match) = (pf[0][0].into(), pf[0][1].into());
         (c.cr0_mask, c.cr4_mask, c.xss_exit_bitmap) = (crs[0], crs[1], xss[0]);
+        (c.tsc_offset, c.tsc_multiplier) = (tsc[0], tsc::UNIT);
         for (f, v) in [
             (Field::PinControls, u64::from(p12[0] & b.caps.pin.may_be_one)),
             (Field::SecondaryControls, u64::from(p12[2] & b.caps.secondary.may_be_one)),
@@ -217,7 +218,7 @@ proptest! {
             (Field::PageFaultErrorCodeMatch, pf[1][1].into()),
             (Field::Cr0Mask, crs[2]), (Field::Cr0Shadow, crs[3]), (Field::GuestCr0, crs[4]),
             (Field::Cr4Mask, crs[5]), (Field::Cr4Shadow, crs[6]), (Field::GuestCr4, crs[4] >> 3),
-            (Field::Cr3TargetCount, count), (Field::XssExitBitmap, xss[1]),
+            (Field::Cr3TargetCount, count), (Field::XssExitBitmap, xss[1]), (Field::TscOffset, tsc[1]),
         ] {
             b.vmcs12.set(f, v);
         }
@@ -247,6 +248,13 @@ proptest! {
             prop_assert_eq!(p02.secondary.contains(s), l0.secondary.contains(s) && l1.secondary.contains(s));
         }
         prop_assert_eq!(m.controls.vm_functions, 0);
+        prop_assert_eq!((m.controls.eptp, m.controls.vpid), (SPACE.eptp02, SPACE.vpid02));
+        // Neither L0's nor L1's TSC offset is lost, and none counts that is not in use.
+        let used = |p: &Processor<'_>, n: usize| {
+            if p.primary.contains(C::USE_TSC_OFFSETTING) { tsc[n] } else { 0 }
+        };
+        let seen = if p02.primary.contains(C::USE_TSC_OFFSETTING) { m.controls.tsc_offset } else { 0 };
+        prop_assert_eq!(seen, used(&l0, 0).wrapping_add(used(&l1, 1)));
         for port in ports {
             prop_assert_eq!(p02.io_exits(port), l0.io_exits(port) || l1.io_exits(port), "port {:#x}", port);
         }
@@ -272,6 +280,12 @@ proptest! {
             let cr4 = b.vmcs12.get(Field::GuestCr4);
             if (value ^ cr4) & b.vmcs01.controls.cr4_mask & !b.vmcs12.get(Field::Cr4Mask) != 0 {
                 prop_assert!(p02.cr4.exits(*value));
+            }
+            // An unrestricted guest may change PE and PG (§24.8), bits 0 and 31.
+            let free = if l1.secondary.contains(S::UNRESTRICTED_GUEST) { 1 | 1 << 31 } else { 0 };
+            let cr0 = b.vmcs12.get(Field::GuestCr0);
+            if (value ^ cr0) & b.vmcs01.controls.cr0_mask & !free & !b.vmcs12.get(Field::Cr0Mask) != 0 {
+                prop_assert!(p02.cr0.exits(*value));
             }
         }
         for c8 in [C::CR8_LOAD_EXITING, C::CR8_STORE_EXITING] {
