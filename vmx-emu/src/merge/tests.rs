@@ -225,7 +225,13 @@ proptest! {
         for (f, v) in CR3_TARGETS.iter().zip(targets) {
             b.vmcs12.set(*f, v);
         }
+        // Chance alone would hardly ask for what a bit stands for.
+        let (mut ports, mut msrs) = (ports, msrs);
         for (page, n) in bits {
+            match page % 3 {
+                2 => msrs.push(n as u32 & 0x1fff | if n & 0x2000 != 0 { 0xc000_0000 } else { 0 }),
+                half => ports.push(n as u16 | (half as u16) << 15),
+            }
             let page = [L1_IO_A, L1_IO_B, L1_MSR, L0_IO_A.0, L0_IO_B.0, L0_MSR.0][page];
             let mut byte = [0];
             b.memory.read(MachineAddr(page + n / 8), &mut byte).unwrap();
