@@ -306,8 +306,8 @@ impl<E: Engine> VcpuLoop<E> {
                 r.exit(exit, instructions);
                 r.hand_overs = handed
                     .map(|h| exit_trace::HandOvers { instructions: h.instructions, entries: h.entries });
-                r.vmcs_accesses = accesses
-                    .map(|a| exit_trace::VmcsAccesses { vmreads: a.vmreads, vmwrites: a.vmwrites });
+                r.vmcs_accesses =
+                    accesses.map(|a| exit_trace::VmcsAccesses { vmreads: a.vmreads, vmwrites: a.vmwrites });
             });
         }
     }
