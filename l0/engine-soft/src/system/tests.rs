@@ -1486,7 +1486,7 @@ fn impossible_state_fails_entry() {
     };
     fails(|g| g.vmcs.guest.cr4 |= cr4::LA57);
     fails(|g| g.vmcs.guest.cr0 &= !cr0::PE);
-    fails(|g| g.vmcs.guest.rip = 1 << 47);
+    fails(|g| g.vmcs.guest.rip = 1 << 48);
     fails(|g| g.vmcs.controls.entry -= EntryControls::IA32E_MODE_GUEST);
     fails(|g| g.vmcs.guest.cr4 &= !cr4::PAE);
 }
