@@ -3,7 +3,7 @@
 //! Everything else raises #GP(0), as an MSR that the processor does not have. MTRRs are
 //! kept and checked but change nothing: all of L1's RAM is write-back. Microcode updates
 //! are accepted and ignored. Not supported: machine-check banks (there are none), last-branch records,
-//! thermal and power management, VMX.
+//! thermal and power management but for what drivers of MWAIT touch, VMX.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -53,6 +53,14 @@ const DEBUGCTL_DEFINED: u64 = 3;
 const DEBUGCTL_FREEZE: u64 = pmu::DEBUGCTL_FREEZE_LBRS | pmu::DEBUGCTL_FREEZE_PERFMON;
 /// MSR_SMI_COUNT.
 const SMI_COUNT: u32 = 0x34;
+/// MSR_PKG_CST_CONFIG_CONTROL, which drivers of MWAIT read.
+const PKG_CST_CONFIG_CONTROL: u32 = 0xe2;
+/// Its value: no package C-state but C0 and C1 (limit 0), and locked (CFG Lock, bit 15), so that writes are #GP.
+const PKG_CST_CONFIG: u64 = 1 << 15;
+/// MSR_POWER_CTL, in which drivers of MWAIT switch C1E.
+const POWER_CTL: u32 = 0x1fc;
+/// Its bit that there is: enable C1E.
+const POWER_CTL_C1E: u64 = 1 << 1;
 /// How many different unknown MSRs are reported.
 const MAX_REPORTED: usize = 256;
 
@@ -128,6 +136,7 @@ pub struct MsrState {
     tsc_adjust: u64,
     misc_enable: u64,
     offers_monitor: bool,
+    power_ctl: u64,
     mcg_status: u64,
     performance_counters: bool,
     mtrr: Mtrrs,
@@ -142,6 +151,7 @@ impl MsrState {
             tsc_adjust: 0,
             misc_enable: MISC_ENABLE,
             offers_monitor: false,
+            power_ctl: 0,
             mcg_status: 0,
             performance_counters: false,
             mtrr: Mtrrs::default(),
@@ -216,6 +226,8 @@ impl MsrState {
             msr::IA32_ARCH_CAPABILITIES => Ok(ARCH_CAPABILITIES),
             msr::IA32_MCG_STATUS => Ok(self.mcg_status),
             msr::IA32_MISC_ENABLE => Ok(self.misc_enable),
+            PKG_CST_CONFIG_CONTROL if self.offers_monitor => Ok(PKG_CST_CONFIG),
+            POWER_CTL if self.offers_monitor => Ok(self.power_ctl),
             _ => self.mtrr.read(msr).ok_or_else(|| self.report(msr, None)),
         }
     }
@@ -266,6 +278,11 @@ impl MsrState {
                 let monitor = if self.offers_monitor { MISC_ENABLE_MONITOR } else { 0 };
                 allow((value ^ self.misc_enable) & !(MISC_ENABLE_WRITABLE | monitor) == 0)?;
                 self.misc_enable = value;
+                Ok(())
+            }
+            POWER_CTL if self.offers_monitor => {
+                allow(value & !POWER_CTL_C1E == 0)?;
+                self.power_ctl = value;
                 Ok(())
             }
             _ => self.mtrr.write(msr, value).unwrap_or_else(|| Err(self.report(msr, Some(value)))),
@@ -645,5 +662,18 @@ mod tests {
         r.wr(msr::IA32_MISC_ENABLE, v & !(1 << 18)).unwrap();
         assert!(!r.msrs.has_monitor());
         assert_eq!(r.wr(msr::IA32_MISC_ENABLE, v | 1 << 16), Err(GpFault));
+    }
+
+    /// SDM Vol. 4 ch. 2: C-state control is locked; C1E can be switched. Neither is there without MWAIT.
+    #[test]
+    fn idle_states_have_their_registers_where_mwait_is() {
+        let mut r = Rig::new();
+        assert_eq!((r.rd(0xe2), r.rd(0x1fc)), (Err(GpFault), Err(GpFault)));
+        r.msrs = MsrState::new(GuestTsc::new(|| 1000, 2_500_000_000)).with_monitor(true);
+        assert_eq!(r.rd(0xe2), Ok(1 << 15));
+        assert_eq!(r.wr(0xe2, 0), Err(GpFault));
+        r.wr(0x1fc, 2).unwrap();
+        assert_eq!(r.rd(0x1fc), Ok(2));
+        assert_eq!(r.wr(0x1fc, 1), Err(GpFault));
     }
 }

@@ -20,7 +20,7 @@ const PATIENCE: &str = "4";
 /// Runs the shipped scenarios that `options` choose; all have to pass.
 fn shipped(options: &[&str]) {
     let dir = tempfile::tempdir().expect("the host has a temporary folder");
-    let demo = format!("demo={}", Kernel::Cloud.image().display());
+    let demo = format!("demo={}", Kernel::Cloud.image_as_l2().display());
     let finished = Launch::new(["scenario", "run", "all", "--patience", PATIENCE, "--guest", &demo])
         .args(options)
         .arg("--json")
