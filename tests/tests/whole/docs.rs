@@ -36,7 +36,7 @@ fn options(help: &str) -> BTreeSet<String> {
 #[test]
 fn the_user_guide_has_every_option() {
     let guide = fs::read_to_string(root().join("docs/user-guide.md")).expect("the user guide is there");
-    let commands: [&[&str]; 14] = [
+    let commands: [&[&str]; 16] = [
         &[],
         &["run"],
         &["demo"],
@@ -44,6 +44,8 @@ fn the_user_guide_has_every_option() {
         &["image", "build"],
         &["image", "inspect"],
         &["bench", "boot"],
+        &["bench", "nested"],
+        &["bench", "vmexit"],
         &["bench", "mix"],
         &["scenario", "run"],
         &["scenario", "list"],

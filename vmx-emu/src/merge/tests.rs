@@ -277,10 +277,12 @@ proptest! {
                 prop_assert!(p02.exception_exits(vector, code), "vector {} code {:#x}", vector, code);
             }
         }
-        // A value that differs in many bits meets one of L1's whatever becomes of L0's.
-        let flips = |f: Field| (0..64).map(move |n| (f, 1 << n));
-        let flips: Vec<u64> =
-            flips(Field::GuestCr0).chain(flips(Field::GuestCr4)).map(|(f, bit)| b.vmcs12.get(f) ^ bit).collect();
+        // A value that differs in many bits of what L2 reads meets one of L1's whatever becomes of L0's.
+        let (read0, read4) = (
+            l1.cr0.read(b.vmcs12.get(Field::GuestCr0)),
+            l1.cr4.read(b.vmcs12.get(Field::GuestCr4)),
+        );
+        let flips: Vec<u64> = (0..64).flat_map(|n| [read0 ^ 1 << n, read4 ^ 1 << n]).collect();
         for value in values.iter().chain(&targets).chain(&flips) {
             let forbidden = l0.primary.contains(C::CR3_LOAD_EXITING) || l1.cr3_load_exits(*value);
             prop_assert_eq!(p02.cr3_load_exits(*value), forbidden);
