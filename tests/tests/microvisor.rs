@@ -91,20 +91,12 @@ const fn passes(row: Option<&Covered>) -> bool {
 const fn has_case(check: &str) -> bool {
     let mut i = 0;
     while i < microvisor::CHECKS.len() {
-        if same(microvisor::CHECKS[i].as_bytes(), check.as_bytes()) {
+        if microvisor::same(microvisor::CHECKS[i], check) {
             return true;
         }
         i += 1;
     }
     false
-}
-
-const fn same(a: &[u8], b: &[u8]) -> bool {
-    let mut i = 0;
-    while i < a.len() && i < b.len() && a[i] == b[i] {
-        i += 1;
-    }
-    i == a.len() && i == b.len()
 }
 
 fn run(options: &[&str], words: &str) -> Finished {

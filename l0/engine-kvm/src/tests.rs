@@ -10,9 +10,18 @@ use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::reg::{gpr, rflags};
 use x86_spec::segment::seg;
 
-const TABLES: u64 = 2 << 20;
-const MSR_BITMAP: u64 = TABLES + 0x4000;
-const CODE: u64 = 0x1000;
+pub(crate) const TABLES: u64 = 2 << 20;
+pub(crate) const MSR_BITMAP: u64 = TABLES + 0x4000;
+pub(crate) const CODE: u64 = 0x1000;
+
+/// EPT at [`TABLES`] that maps the first 2 MiB as they are, and an MSR bitmap with which all exit.
+pub(crate) fn map_low_memory(memory: &MachineMemory) {
+    let put = |at: u64, v: u64| memory.write_u64(MachineAddr(at), v).unwrap();
+    put(TABLES, (TABLES + 0x1000) | ept::RWX);
+    put(TABLES + 0x1000, (TABLES + 0x2000) | ept::RWX);
+    put(TABLES + 0x2000, ept::RWX | ept::LARGE | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT);
+    memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096).unwrap();
+}
 
 struct Rig {
     vcpu: KvmVcpu,
@@ -33,11 +42,7 @@ fn rig(code: &[u8]) -> Option<Rig> {
             return None;
         }
     };
-    let put = |at: u64, v: u64| memory.write_u64(MachineAddr(at), v).unwrap();
-    put(TABLES, (TABLES + 0x1000) | ept::RWX);
-    put(TABLES + 0x1000, (TABLES + 0x2000) | ept::RWX);
-    put(TABLES + 0x2000, ept::RWX | ept::LARGE | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT);
-    memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096).unwrap();
+    map_low_memory(&memory);
     memory.write(MachineAddr(CODE), code).unwrap();
     let mut vmcs = EngineVmcs::default();
     vmcs.controls.eptp = ept::eptp(TABLES, false);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::MachineEvent;
-use engine::{Engine, EngineVmcs, GuestRegs, Monitor, Vcpu, VmExit, interruptibility};
+use engine::{Controls, Engine, EngineVmcs, GuestRegs, Monitor, Vcpu, VmExit, interruptibility};
 use exit_trace::Level;
 use machine::boot::BootState;
 use x86_spec::controls::PrimaryControls;
@@ -65,6 +65,15 @@ pub(crate) struct PendingEvent {
     pub info: InterruptionInfo,
     pub error_code: u32,
     pub instruction_length: u32,
+}
+
+impl PendingEvent {
+    /// Has the next VM entry inject it (SDM Vol. 3C §25.8.3).
+    pub fn inject(self, c: &mut Controls) {
+        c.entry_interruption = self.info;
+        c.entry_error_code = self.error_code;
+        c.entry_instruction_length = self.instruction_length;
+    }
 }
 
 /// How often a waiting MWAIT looks at its line. A store by a device shows at the latest then; what comes with
@@ -526,10 +535,7 @@ impl<E: Engine> VcpuLoop<E> {
     /// NMI, else an interrupt (priorities: SDM Vol. 3A table 6-2).
     fn choose_event(&mut self) {
         if let Some(e) = self.event.take() {
-            let c = &mut self.vmcs.controls;
-            c.entry_interruption = e.info;
-            c.entry_error_code = e.error_code;
-            c.entry_instruction_length = e.instruction_length;
+            e.inject(&mut self.vmcs.controls);
             return;
         }
         let g = &self.vmcs.guest;

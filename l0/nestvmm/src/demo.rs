@@ -12,7 +12,7 @@ use scenario_runner::process::{DriveError, Launch, Process};
 use crate::cli::DemoArgs;
 use crate::image::{self, BuildOptions};
 use crate::status::{self, Failure};
-use crate::{image_command, interrupt};
+use crate::{child, image_command, interrupt};
 
 /// What lines of the script begin with.
 const MARK: &str = "@@";
@@ -73,7 +73,7 @@ fn image(args: &DemoArgs) -> Result<Image, Failure> {
     }
     if let Some(dir) = image::cache_folder() {
         let path = dir.join("demo.img");
-        if !is_newer_than_program(&path) {
+        if !image::is_newer_than_program(&path) {
             build(&path)?;
         }
         return Ok(Image { path, _scratch: None });
@@ -83,13 +83,6 @@ fn image(args: &DemoArgs) -> Result<Image, Failure> {
     let path = dir.path().join("demo.img");
     build(&path)?;
     Ok(Image { path, _scratch: Some((dir, guard)) })
-}
-
-/// The image has this program in it.
-fn is_newer_than_program(image: &Path) -> bool {
-    let modified = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
-    let program = std::env::current_exe().ok().and_then(|p| modified(&p));
-    matches!((modified(image), program), (Some(i), Some(p)) if i > p)
 }
 
 fn build(path: &Path) -> Result<(), Failure> {
@@ -127,20 +120,11 @@ impl fmt::Display for Times {
 }
 
 fn run(image: &Path) -> Result<(), Failure> {
-    let program = std::env::current_exe()
-        .map_err(|e| Failure::host(format!("can't find the program that runs: {e}")))?;
-    let launch = Launch::new(program, ["run", "--exit-stats", "--exec"]).arg(script());
+    let launch = Launch::new(child::own_program()?, ["run", "--exit-stats", "--exec"]).arg(script());
     let launch = launch.arg(image.to_string_lossy());
     println!("nestvmm run {} --exec …", image.display());
     let start = Instant::now();
-    let guarded = interrupt::guarded(
-        || launch.start(),
-        |process| {
-            let killer = process.killer();
-            Box::new(move || killer.kill())
-        },
-    );
-    let (mut process, _guard) = guarded.map_err(Failure::host)?;
+    let (mut process, _guard) = child::start(&launch)?;
     process.close_input();
     let mut times = Times::default();
     while let Some(line) = next_line(&mut process)? {

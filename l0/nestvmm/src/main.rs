@@ -1,6 +1,7 @@
 //! The nestvmm program: command line, terminal, reports.
 
 mod bench;
+mod child;
 mod cli;
 mod console;
 mod crash;

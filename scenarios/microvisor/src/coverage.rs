@@ -98,3 +98,13 @@ pub const ERRORS: &[Covered] = covered! {
     26: ["instr.vmlaunch.mov_ss"] ["instr.vmlaunch.flags"];
     28: ["instr.invept", "instr.invvpid"] ["instr.invept", "instr.invvpid"];
 };
+
+/// Whether two names are the same, also while compiling.
+pub const fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}

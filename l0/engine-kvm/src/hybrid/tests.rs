@@ -7,11 +7,10 @@ use memory::MachineAddr;
 use x86_spec::ept;
 use x86_spec::reg::cr0;
 
-const TABLES: u64 = 2 << 20;
-const MSR_BITMAP: u64 = TABLES + 0x3000;
+use crate::tests::{CODE, MSR_BITMAP, TABLES, map_low_memory};
+
 /// Guest paging: PML4, PDPT, page directory with one large page.
 const PAGING: u64 = 0x10_0000;
-const CODE: u64 = 0x1000;
 /// Handlers: HLT and NOPs, 16 bytes for each vector.
 const HANDLERS: u64 = 0x2000;
 const IDT: u64 = 0x3000;
@@ -37,11 +36,8 @@ fn rig(code: &[u8]) -> Option<Rig> {
             return None;
         }
     };
+    map_low_memory(&memory);
     let put = |at: u64, v: u64| memory.write_u64(MachineAddr(at), v).unwrap();
-    put(TABLES, (TABLES + 0x1000) | ept::RWX);
-    put(TABLES + 0x1000, (TABLES + 0x2000) | ept::RWX);
-    put(TABLES + 0x2000, ept::RWX | ept::LARGE | ept::MEMTYPE_WB << ept::MEMTYPE_SHIFT);
-    memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096).unwrap();
     // Present, writable, for user code too.
     put(PAGING, (PAGING + 0x1000) | 7);
     put(PAGING + 0x1000, (PAGING + 0x2000) | 7);

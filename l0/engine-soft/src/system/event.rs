@@ -293,13 +293,7 @@ fn virtual_8086_software_interrupt(cpu: &mut Cpu, e: &Event, length: u32) -> Exe
 /// # Errors
 /// #GP(0) if the TSS doesn't hold the vector's bit.
 fn is_redirected(cpu: &mut Cpu, vector: u8) -> Exec<bool> {
-    let tr = cpu.segments[seg::TR];
-    let wide = !tr.access.unusable() && tr.access.ty() & 8 != 0;
-    if !wide || tr.limit < 0x67 {
-        return Err(cpu.gp(0));
-    }
-    let lin = cpu.table_linear(tr.base, 0x66)?;
-    let map = cpu.sys_read::<u16>(lin)? as u32;
+    let (tr, map) = super::io::permission_bitmap(cpu)?;
     let Some(at) = (map + vector as u32 / 8).checked_sub(32).filter(|at| *at <= tr.limit) else {
         return Err(cpu.gp(0));
     };

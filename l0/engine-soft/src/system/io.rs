@@ -2,6 +2,7 @@
 //!
 //! A port that neither exits nor goes to a bus has nothing behind it: reads give ones.
 
+use engine::Segment;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exit::ExitReason;
@@ -18,6 +19,20 @@ use crate::operand::{segment_index, size_mask};
 /// Iterations of a REP string instruction before the run loop may look at events.
 const BATCH: u32 = 1024;
 
+/// The current TSS, which is a 32- or 64-bit one, and the offset of the I/O permission bitmap in it (SDM Vol. 1 §19.5.2).
+///
+/// # Errors
+/// #GP(0) if there is no such TSS or it has no room for the offset.
+pub(super) fn permission_bitmap(cpu: &mut Cpu) -> Exec<(Segment, u32)> {
+    let tr = cpu.segments[seg::TR];
+    let wide = !tr.access.unusable() && tr.access.ty() & 8 != 0;
+    if !wide || tr.limit < 0x67 {
+        return Err(cpu.gp(0));
+    }
+    let at = cpu.table_linear(tr.base, 0x66)?;
+    Ok((tr, cpu.sys_read::<u16>(at)?.into()))
+}
+
 /// Whether this code may access the ports `port..port + size` (SDM Vol. 1 §19.5).
 ///
 /// # Errors
@@ -26,13 +41,7 @@ fn check_permission(cpu: &mut Cpu, port: u16, size: u8) -> Exec {
     if !cpu.protected() || !cpu.v8086() && cpu.cpl <= cpu.iopl() {
         return Ok(());
     }
-    let tr = cpu.segments[seg::TR];
-    let wide = !tr.access.unusable() && tr.access.ty() & 8 != 0;
-    if !wide || tr.limit < 0x67 {
-        return Err(cpu.gp(0));
-    }
-    let lin = cpu.table_linear(tr.base, 0x66)?;
-    let map = cpu.sys_read::<u16>(lin)? as u32;
+    let (tr, map) = permission_bitmap(cpu)?;
     // The processor reads two bytes, so that the bits of a misaligned access are there.
     let at = map + port as u32 / 8;
     if at + 1 > tr.limit {

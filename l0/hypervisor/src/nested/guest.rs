@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
-use engine::{Activity, Engine, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
+use engine::{Activity, Engine, EngineVmcs, ExitBus, InvalidateScope, Vcpu, VmExit, interruptibility};
 use ept_compress::{
     Access, Ept01View, Fault as EptFault, Flush, Format, L0Fault, L1Map, Leaf, Level, MemoryType, NoLog, Pml,
     Rights, RootKey, walk,
 };
 use memory::{Gpa, L1Gpa, L1Ram, L2Gpa, MachineAddr};
-use vmx_emu::checks::{self, Answer, MsrBits};
+use vmx_emu::checks::{self, Answer, MsrBits, Report};
 use vmx_emu::enter::{self, FailedEntry};
 use vmx_emu::instructions::shadowed;
 use vmx_emu::instructions::vmfunc::{VmFunction, vmfunc};
@@ -21,13 +21,14 @@ use vmx_emu::merge::{self, L0, L2Space};
 use vmx_emu::reflect::{self, Abort, AfterSwitch, Parts};
 use vmx_emu::route::{self, Owner};
 use vmx_emu::view::ThreeWay;
-use vmx_emu::{EntryKind, Field, Invalidation, L1Physical, Outcome as Vmx, Vmcs12};
+use vmx_emu::{Field, Invalidation, L1Physical, Outcome as Vmx, Vmcs12};
 use x86_spec::controls::{ExitControls, PinbasedControls, PrimaryControls, SecondaryControls};
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::reg::{efer, gpr, rflags};
 use x86_spec::{exception, msr};
 
+use super::Nested;
 use super::l1::L1View;
 use super::msrs::MsrView;
 use crate::board::CpuBus;
@@ -75,17 +76,16 @@ impl L1Map for L1Memory<'_> {
 struct L2Bus<'a, B> {
     bus: B,
     ram: &'a L1Ram,
-    /// EPT12; `None` where L1 does not use EPT.
-    eptp12: Option<u64>,
-    format: Format,
+    /// As [`ept12`] says.
+    ept12: Option<(u64, Format)>,
 }
 
 impl<B> L2Bus<'_, B> {
     /// Where in L1's memory the access goes; `None` if EPT12 does not allow it.
     fn l1_address(&self, gpa: Gpa, access: Access) -> Option<Gpa> {
-        let Some(eptp12) = self.eptp12 else { return Some(gpa) };
+        let Some((eptp12, format)) = &self.ept12 else { return Some(gpa) };
         let l2 = L2Gpa(gpa.0);
-        let leaf = walk(eptp12, l2, access, &self.format, self.ram, &mut NoLog).ok()?;
+        let leaf = walk(*eptp12, l2, access, format, self.ram, &mut NoLog).ok()?;
         Some(Gpa(leaf.address(l2).0))
     }
 }
@@ -126,6 +126,14 @@ fn root_key(vmcs12: &Vmcs12) -> RootKey {
         eptp12: vmcs12.get(Field::Eptp),
         mode_based_execute: secondary12(vmcs12).contains(SecondaryControls::MODE_BASED_EPT),
     }
+}
+
+/// EPT12 of the current VMCS12 and the format of its tables; `None` where L1 does not use EPT.
+fn ept12(n: &Nested) -> Option<(u64, Format)> {
+    let vmcs12 = n.state.current().filter(|v| uses_ept(v))?;
+    let key = root_key(vmcs12);
+    let format = Format::from_capabilities(n.caps.ept_vpid, PHYSICAL_BITS);
+    Some((key.eptp12, format.mode_based_execute(key.mode_based_execute)))
 }
 
 fn vpid12(vmcs12: &Vmcs12) -> u16 {
@@ -194,9 +202,9 @@ impl<E: Engine> VcpuLoop<E> {
     // ---- entry --------------------------------------------------------------------------------
 
     /// VMLAUNCH or VMRESUME that passed its own checks.
-    pub(crate) fn nested_entry(&mut self, exit: &VmExit, _kind: EntryKind) -> Outcome {
+    pub(crate) fn nested_entry(&mut self, exit: &VmExit) -> Outcome {
         let vm = self.vm().clone();
-        let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
+        let Some(n) = self.nested.as_ref() else { return Outcome::Resume };
         let (Some(vmcs12), Some(pointer)) = (n.state.current(), n.state.current_pointer()) else {
             return Outcome::Resume;
         };
@@ -215,19 +223,13 @@ impl<E: Engine> VcpuLoop<E> {
         };
         let report = checks::run(&context);
         if !report.passed() {
-            let rip = self.vmcs.guest.rip;
-            let view = ThreeWay {
-                vmcs01: &self.vmcs,
-                vmcs12: Some(vmcs12),
-                vmcs02: n.origins.is_some().then_some(&*n.vmcs01),
-                origins: n.origins.as_ref(),
-            };
-            vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
-            tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
+            let vmcs02 = n.origins.is_some().then_some(&*n.vmcs01);
+            self.explain_entry(n, vmcs12, vmcs02, &report);
         }
         match report.architectural() {
             Answer::Enter => self.enter_l2(),
             Answer::FailValid(error) => {
+                let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
                 let result = n.state.fail(error);
                 self.complete_vmx(exit, result)
             }
@@ -235,6 +237,14 @@ impl<E: Engine> VcpuLoop<E> {
                 self.fail_entry(FailedEntry { reason, qualification })
             }
         }
+    }
+
+    /// Tells the user why a VM entry of L1 fails. `vmcs02` is what was last made for L2, if anything was.
+    fn explain_entry(&self, n: &Nested, vmcs12: &Vmcs12, vmcs02: Option<&EngineVmcs>, report: &Report) {
+        let rip = self.vmcs.guest.rip;
+        let view = ThreeWay { vmcs01: &self.vmcs, vmcs12: Some(vmcs12), vmcs02, origins: n.origins.as_ref() };
+        self.vm().handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
+        tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
     }
 
     /// Goes from VMCS01 to VMCS02.
@@ -294,19 +304,10 @@ impl<E: Engine> VcpuLoop<E> {
                 Outcome::Resume
             }
             Err(failed) => {
-                let rip = self.vmcs.guest.rip;
                 if let Some(n) = self.nested.as_ref()
                     && let Some(vmcs12) = n.state.current()
                 {
-                    let report = failed.report(vmcs12);
-                    let view = ThreeWay {
-                        vmcs01: &self.vmcs,
-                        vmcs12: Some(vmcs12),
-                        vmcs02: Some(&n.vmcs01),
-                        origins: n.origins.as_ref(),
-                    };
-                    vm.handle().entry_failed(|| format!("VM entry at {rip:#x}:\n{report}"), Some(&view));
-                    tracing::debug!("VM entry of L1 at {rip:#x} fails:\n{report}");
+                    self.explain_entry(n, vmcs12, Some(&n.vmcs01), &failed.report(vmcs12));
                 }
                 self.fail_entry(failed.into())
             }
@@ -357,10 +358,7 @@ impl<E: Engine> VcpuLoop<E> {
         if let Some(e) = self.event.take()
             && !self.vmcs.controls.entry_interruption.is_valid()
         {
-            let c = &mut self.vmcs.controls;
-            c.entry_interruption = e.info;
-            c.entry_error_code = e.error_code;
-            c.entry_instruction_length = e.instruction_length;
+            e.inject(&mut self.vmcs.controls);
         }
         let result = self.with_parts(true, |parts| reflect::reflect(exit, parts));
         self.vmcs.controls.entry_interruption = InterruptionInfo::NONE;
@@ -545,10 +543,8 @@ impl<E: Engine> VcpuLoop<E> {
         let vm = self.vm().clone();
         let Some(n) = self.nested.as_mut() else { return Outcome::Resume };
         let Some(vmcs12) = n.state.current() else { return Outcome::Resume };
-        let format = Format::from_capabilities(n.caps.ept_vpid, PHYSICAL_BITS);
-        let eptp12 = uses_ept(vmcs12).then(|| vmcs12.get(Field::Eptp));
         let bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
-        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12, format };
+        let mut bus = L2Bus { bus, ram: vm.ram(), ept12: ept12(n) };
         let mut l2 = L1View {
             vcpu: &mut self.vcpu,
             vmcs01: &mut self.vmcs,
@@ -653,16 +649,12 @@ impl<E: Engine> VcpuLoop<E> {
     pub(crate) fn emulate_instruction(&mut self) -> Option<VmExit> {
         let vm = self.vm().clone();
         let mut bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
-        let l2 = (self.nested.as_ref().filter(|n| n.state.in_guest()))
-            .and_then(|n| n.state.current().map(|v| (v, n.caps.ept_vpid)))
-            .filter(|(vmcs12, _)| uses_ept(vmcs12))
-            .map(|(vmcs12, ept_vpid)| (root_key(vmcs12), Format::from_capabilities(ept_vpid, PHYSICAL_BITS)));
-        let Some((key, format)) = l2 else {
+        let ept12 = self.nested.as_ref().filter(|n| n.state.in_guest()).and_then(|n| ept12(n));
+        if ept12.is_none() {
             // L1, or an L2 whose addresses are L1's.
             return self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus);
-        };
-        let format = format.mode_based_execute(key.mode_based_execute);
-        let mut bus = L2Bus { bus, ram: vm.ram(), eptp12: Some(key.eptp12), format };
+        }
+        let mut bus = L2Bus { bus, ram: vm.ram(), ept12 };
         self.vcpu.emulate(&mut self.vmcs, &mut self.regs, &mut bus)
     }
 
@@ -716,10 +708,7 @@ impl<E: Engine> VcpuLoop<E> {
         if !self.vmcs.controls.entry_interruption.is_valid()
             && let Some(e) = self.event.take()
         {
-            let c = &mut self.vmcs.controls;
-            c.entry_interruption = e.info;
-            c.entry_error_code = e.error_code;
-            c.entry_instruction_length = e.instruction_length;
+            e.inject(&mut self.vmcs.controls);
         }
         let injecting = self.vmcs.controls.entry_interruption.is_valid();
         let vm = self.vm().clone();

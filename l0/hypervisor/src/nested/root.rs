@@ -53,7 +53,7 @@ pub(crate) fn vmx_instruction<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -
             cpu.nested_fault(Fault::GP)
         }
         Some(Vmx::Fault(fault)) => cpu.nested_fault(fault),
-        Some(Vmx::Enter(kind)) => cpu.nested_entry(exit, kind),
+        Some(Vmx::Enter(_)) => cpu.nested_entry(exit),
         None => {
             cpu.inject_exception(exception::UD, None);
             Outcome::Resume

@@ -7,6 +7,7 @@ use super::median;
 use super::mix::{self, Part, parse_part};
 use super::peer::{Guest, PROMPT, Payload, READY};
 use crate::cli::BenchBootArgs;
+use crate::interrupt;
 use crate::status::Failure;
 
 /// What one guest showed.
@@ -39,6 +40,7 @@ fn part_median(all: &[Vec<Part>], name: &str) -> f64 {
 /// # Errors
 /// [`Failure`] when the image can't be used, QEMU can't be started, or a guest does not come up.
 pub fn boot(args: &BenchBootArgs) -> Result<(), Failure> {
+    interrupt::handle_signals()?;
     let payload = Payload::open(&args.image)?;
     let runs = args.runs.max(1);
     let (mut ours, mut theirs, mut native) = (Vec::new(), Vec::new(), Vec::new());

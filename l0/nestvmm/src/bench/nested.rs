@@ -7,6 +7,7 @@ use super::median;
 use super::peer::{Guest, PROMPT, Payload, READY};
 use super::vmexit::{Line, parse_line};
 use crate::cli::BenchNestedArgs;
+use crate::interrupt;
 use crate::status::Failure;
 
 /// What L2's init prints when it is up.
@@ -47,6 +48,7 @@ fn measure(mut guest: Guest, rounds: u32) -> Result<Measured, Failure> {
 /// # Errors
 /// [`Failure`] when the image can't be used, QEMU can't be started, or a guest does not come up.
 pub fn nested(args: &BenchNestedArgs) -> Result<(), Failure> {
+    interrupt::handle_signals()?;
     let payload = Payload::open(&args.image)?;
     let runs = args.runs.max(1);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());

@@ -3,16 +3,16 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use machine::image;
 use rustix::fs::MemfdFlags;
-use scenario_runner::process::{Killer, Launch, Process};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use scenario_runner::process::{Launch, Process};
 
-use crate::status::{Failure, signalled};
+use crate::child;
+use crate::interrupt::Guard;
+use crate::status::Failure;
 
 /// Kernels and initrds are not larger.
 const IMAGE_LIMIT: u64 = 1 << 30;
@@ -76,7 +76,7 @@ impl Payload {
     /// [`Failure`] when this program can't find itself.
     pub fn own_launch(&self) -> Result<Launch, Failure> {
         let run = ["run", "--engine", "soft", "--exit-stats", "--memory", "1G"];
-        Ok(self.with_files(Launch::new(own_program()?, run), "--"))
+        Ok(self.with_files(Launch::new(child::own_program()?, run), "--"))
     }
 
     /// QEMU's TCG with it: one CPU of all features that TCG has, SVM among them.
@@ -99,18 +99,11 @@ impl Payload {
     }
 }
 
-/// This program, to be started again.
-///
-/// # Errors
-/// [`Failure`] when the host does not tell where it is.
-pub fn own_program() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|e| Failure::host(format!("can't find this program: {e}")))
-}
-
 /// A guest on pipes; killed when dropped, and when a signal ends this program.
 pub struct Guest {
     process: Process,
     start: Instant,
+    _guard: Guard,
 }
 
 impl Guest {
@@ -120,9 +113,8 @@ impl Guest {
     /// [`Failure`] when it can't be started.
     pub fn spawn(launch: &Launch) -> Result<Self, Failure> {
         let start = Instant::now();
-        let process = launch.start().map_err(Failure::host)?;
-        kill_on_signal(process.killer())?;
-        Ok(Self { process, start })
+        let (process, guard) = child::start(launch)?;
+        Ok(Self { process, start, _guard: guard })
     }
 
     /// Waits until `text` is printed, after what earlier waits found; what came before it, and the time since the
@@ -153,18 +145,4 @@ impl Guest {
         self.type_line("poweroff -f")?;
         self.process.finish(STEP_LIMIT).map(|f| f.errors).map_err(Failure::host)
     }
-}
-
-/// Kills the guest when a signal is to end this program: it is in a process group of its own, which Ctrl-C does not
-/// reach.
-fn kill_on_signal(killer: Killer) -> Result<(), Failure> {
-    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])
-        .map_err(|e| Failure::host(format!("signals can't be handled: {e}")))?;
-    std::thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            killer.kill();
-            std::process::exit(signalled(signal).into());
-        }
-    });
-    Ok(())
 }

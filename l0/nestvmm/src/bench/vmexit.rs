@@ -7,10 +7,11 @@
 
 use std::process::Command;
 
+use crate::child;
 use crate::cli::{BenchVmexitArgs, EngineChoice};
 use crate::status::Failure;
 
-use super::peer::{MemoryFile, own_program};
+use super::peer::MemoryFile;
 
 /// A line of the guest: one kind of exit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub fn vmexit(args: &BenchVmexitArgs) -> Result<(), Failure> {
     if let Some(only) = &args.only {
         words.push_str(&format!(" only={only}"));
     }
-    let mut command = Command::new(own_program()?);
+    let mut command = Command::new(child::own_program()?);
     command.args(["run", "--memory", "64M", "--debug-exit", "--vmx", "off", "--engine", engine]);
     command.arg("--kernel").arg(image.path()).args(["--append", &words]);
     let status = command.status().map_err(|e| Failure::host(format!("can't start the guest: {e}")))?;

@@ -539,6 +539,13 @@ pub fn cache_folder() -> Option<PathBuf> {
     base.map(|b| b.join("nestvmm")).filter(|dir| std::fs::create_dir_all(dir).is_ok())
 }
 
+/// Whether `image` was made after this program, which it has in it.
+pub fn is_newer_than_program(image: &Path) -> bool {
+    let modified = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
+    let program = std::env::current_exe().ok().and_then(|p| modified(&p));
+    matches!((modified(image), program), (Some(i), Some(p)) if i > p)
+}
+
 /// Where downloads are kept between builds.
 enum Cache {
     Kept(PathBuf),

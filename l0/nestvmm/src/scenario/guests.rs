@@ -1,10 +1,9 @@
 //! The guests that scenarios name: what nestvmm brings or builds, and what `--guest` gives.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use tempfile::NamedTempFile;
 
@@ -95,9 +94,7 @@ fn demo_image() -> Result<PathBuf, Failure> {
     // One process builds, others wait for it.
     let lock = File::create(path.with_extension("lock")).map_err(failure)?;
     lock.lock().map_err(failure)?;
-    let modified = |p: &Path| fs::metadata(p).and_then(|m| m.modified()).ok();
-    let program = std::env::current_exe().ok().and_then(|p| modified(&p)).unwrap_or_else(SystemTime::now);
-    if modified(&path).is_none_or(|t| t <= program) {
+    if !image::is_newer_than_program(&path) {
         let mut options = BuildOptions::new(&path);
         options.force = true;
         let report = image::build(options).map_err(crate::image_command::failure)?;

@@ -20,6 +20,7 @@ use scenario_runner::suite::{self, Event, Selection};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::child;
 use crate::cli::{Cli, ScenarioCheckArgs, ScenarioCommand, ScenarioListArgs, ScenarioRunArgs};
 use crate::status::{self, Failure};
 
@@ -66,8 +67,7 @@ fn run(args: &ScenarioRunArgs) -> Result<u8, Failure> {
     }
     let used = scenarios.iter().filter_map(|s| s.guest.as_deref());
     let prepared = guests.prepare(used)?;
-    let path = std::env::current_exe().map_err(|e| Failure::host(format!("can't find this program: {e}")))?;
-    let program = Program { path, guests: prepared.arguments.clone() };
+    let program = Program { path: child::own_program()?, guests: prepared.arguments.clone() };
 
     let stopper = Stopper::default();
     let signalled = watch_signals(&stopper)?;

@@ -34,7 +34,7 @@ const fn exists(name: &str) -> bool {
     while group < GROUPS.len() {
         let mut i = 0;
         while i < GROUPS[group].len() {
-            if same(GROUPS[group][i].name.as_bytes(), name.as_bytes()) {
+            if same(GROUPS[group][i].name, name) {
                 return true;
             }
             i += 1;
@@ -42,14 +42,6 @@ const fn exists(name: &str) -> bool {
         group += 1;
     }
     false
-}
-
-const fn same(a: &[u8], b: &[u8]) -> bool {
-    let mut i = 0;
-    while i < a.len() && i < b.len() && a[i] == b[i] {
-        i += 1;
-    }
-    i == a.len() && i == b.len()
 }
 
 /// Sets of numbers: what came in the present case, and in the whole run.

@@ -40,14 +40,21 @@ fn poke_primary(vm: &Vm, bits: u32) -> Outcome {
     Ok(())
 }
 
-/// What L1 marks as clean is not read again, until it is marked as changed.
-fn clean_fields(ctx: &mut Ctx) -> Outcome {
+/// An L2 at its first instruction, RDTSC, which it has executed before without an exit. Its VMCS says now that RDTSC
+/// exits, but not that this has changed.
+fn poked(ctx: &mut Ctx) -> Outcome<(Vm, u64)> {
     let mut vm = machine(ctx)?;
     vm.set(GUEST_RIP, code!["2: rdtsc", "vmcall", "jmp 2b"])?;
     let start = vm.get(GUEST_RIP)?;
     vm.expect(reason::VMCALL)?;
     poke_primary(&vm, primary::RDTSC)?;
     vm.set(GUEST_RIP, start)?;
+    Ok((vm, start))
+}
+
+/// What L1 marks as clean is not read again, until it is marked as changed.
+fn clean_fields(ctx: &mut Ctx) -> Outcome {
+    let (mut vm, start) = poked(ctx)?;
     vm.expect(reason::VMCALL)?;
     vm.set(PRIMARY, vm.get(PRIMARY)?)?;
     vm.set(GUEST_RIP, start)?;
@@ -64,12 +71,7 @@ fn exit_cleans(ctx: &mut Ctx) -> Outcome {
 }
 
 fn vmlaunch_reads_all(ctx: &mut Ctx) -> Outcome {
-    let mut vm = machine(ctx)?;
-    vm.set(GUEST_RIP, code!["2: rdtsc", "vmcall", "jmp 2b"])?;
-    let start = vm.get(GUEST_RIP)?;
-    vm.expect(reason::VMCALL)?;
-    poke_primary(&vm, primary::RDTSC)?;
-    vm.set(GUEST_RIP, start)?;
+    let (mut vm, _) = poked(ctx)?;
     vm.launched = false;
     vm.expect(reason::RDTSC)?;
     Ok(())
@@ -95,12 +97,7 @@ fn two(ctx: &mut Ctx) -> Outcome {
 
 /// VMCLEAR leaves the content, and what was clean is read again.
 fn vmclear(ctx: &mut Ctx) -> Outcome {
-    let mut vm = machine(ctx)?;
-    vm.set(GUEST_RIP, code!["2: rdtsc", "vmcall", "jmp 2b"])?;
-    let start = vm.get(GUEST_RIP)?;
-    vm.expect(reason::VMCALL)?;
-    poke_primary(&vm, primary::RDTSC)?;
-    vm.set(GUEST_RIP, start)?;
+    let (mut vm, _) = poked(ctx)?;
     let before: [u64; 128] = memory::read(vm.vmcs);
     ok("VMCLEAR", vmx::vmclear(vm.vmcs))?;
     if memory::read::<[u64; 128]>(vm.vmcs) != before {
