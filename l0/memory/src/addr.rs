@@ -72,6 +72,12 @@ address_type!(
     Gpa
 );
 
+address_type!(
+    /// An address that a device puts on the bus: L1's physical address, or what an IOMMU translates to
+    /// one.
+    BusAddress
+);
+
 impl From<Gpa> for L1Gpa {
     fn from(g: Gpa) -> Self {
         Self(g.0)

@@ -5,11 +5,12 @@
 //! sharing with another process.
 
 mod addr;
+pub mod dma;
 mod l1ram;
 mod machine;
 mod pool;
 
-pub use addr::{Gpa, L1Gpa, L2Gpa, MachineAddr, PAGE_SHIFT, PAGE_SIZE};
+pub use addr::{BusAddress, Gpa, L1Gpa, L2Gpa, MachineAddr, PAGE_SHIFT, PAGE_SIZE};
 pub use l1ram::{L1Ram, RamLayout, RamRegion};
 pub use machine::{CodeWatcher, MachineMemory, MemoryError, WatchedWrites};
 pub use pool::PagePool;

@@ -11,6 +11,7 @@ pub mod exception;
 pub mod exit;
 pub mod interruption;
 pub mod msr;
+pub mod pci;
 pub mod pmu;
 pub mod reg;
 pub mod segment;
