@@ -16,6 +16,26 @@ use crate::pic::DualPic;
 /// into the fabric.
 pub type Notifier = Box<dyn Fn(usize) + Send + Sync>;
 
+/// What waits for a vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// A maskable interrupt that the priorities let through.
+    pub interrupt: bool,
+    /// An NMI.
+    pub nmi: bool,
+    /// INIT or a start-up IPI.
+    pub init_or_sipi: bool,
+    /// CR8: the task priority.
+    pub cr8: u8,
+}
+
+impl Waiting {
+    /// Whether there is an interrupt or an NMI.
+    pub fn has_event(&self) -> bool {
+        self.interrupt || self.nmi
+    }
+}
+
 /// The controllers that are shared by all vCPUs.
 struct Chips {
     pic: DualPic,
@@ -136,6 +156,17 @@ impl Interrupts {
     }
 
     // ---- the vCPU's side ----------------------------------------------------------------
+
+    /// What waits for vCPU `cpu`, all at once: the vCPU loop asks at every exit.
+    pub fn waiting(&self, cpu: usize) -> Waiting {
+        let waiting = |l: &mut LocalApic| Waiting {
+            interrupt: l.pending_vector().is_some() || l.extint_pending(),
+            nmi: l.nmi_pending(),
+            init_or_sipi: l.init_or_sipi_pending(),
+            cr8: l.cr8(),
+        };
+        self.with_lapic(cpu, waiting).unwrap_or_default()
+    }
 
     /// Whether vCPU `cpu` has a maskable interrupt to take now.
     pub fn has_interrupt(&self, cpu: usize) -> bool {

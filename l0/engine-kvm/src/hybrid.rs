@@ -347,7 +347,7 @@ impl<S: Engine> HybridVcpu<S> {
         if !self.watches && !self.emulates {
             return Ok(());
         }
-        let handler = |vector| self.handler(vmcs, vector).filter(|_| self.watches).unwrap_or(0);
+        let handler = |vector| if self.watches { self.handler(vmcs, vector).unwrap_or(0) } else { 0 };
         let syscall = vmcs.guest.efer & (efer::LMA | efer::SCE) == efer::LMA | efer::SCE;
         let want = [
             handler(UD),

@@ -16,6 +16,8 @@ use engine::Kick;
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs; null outside of a run.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+    /// The signal came since [`Timer::set`] last looked.
+    static SIGNALLED: Cell<bool> = const { Cell::new(false) };
 }
 
 fn signal_number() -> libc::c_int {
@@ -24,6 +26,7 @@ fn signal_number() -> libc::c_int {
 
 extern "C" fn on_signal(_: libc::c_int) {
     // Constant initialisation and no destructor: this is a plain load, fit for a signal handler.
+    SIGNALLED.set(true);
     let flag = IMMEDIATE_EXIT.with(Cell::get);
     if !flag.is_null() {
         // SAFETY: the pointer is set only while the thread is inside `Armed`, which borrows the
@@ -116,15 +119,16 @@ impl Drop for Armed<'_> {
     }
 }
 
-/// How much too early an armed timer may be before it is set anew, in nanoseconds. Deadlines that are
+/// How much too early an armed timer may be before it is set anew, as a part of a second. Deadlines that are
 /// computed from a remaining time jitter; a system call for each entry would cost more.
-const SLACK_NS: u64 = 50_000;
+const SLACK: u64 = 20_000;
 
-/// A timer that sends the kick signal to one thread.
+/// A timer that sends the kick signal to one thread. Its times are the TSC's, which is read without a system call.
 pub(crate) struct Timer {
     id: libc::timer_t,
     thread: i32,
-    /// When it expires, in nanoseconds of CLOCK_MONOTONIC.
+    tsc_frequency: u64,
+    /// When it expires.
     armed: Option<u64>,
 }
 
@@ -132,8 +136,8 @@ pub(crate) struct Timer {
 unsafe impl Send for Timer {}
 
 impl Timer {
-    /// A timer for the calling thread.
-    pub fn new() -> io::Result<Self> {
+    /// A timer for the calling thread. `tsc_frequency` is in hertz.
+    pub fn new(tsc_frequency: u64) -> io::Result<Self> {
         let thread = thread_id();
         let mut id: libc::timer_t = ptr::null_mut();
         // SAFETY: all-zero is a valid `sigevent`; both pointers are valid for the call.
@@ -144,7 +148,11 @@ impl Timer {
             event.sigev_notify_thread_id = thread;
             libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut id)
         };
-        if result == 0 { Ok(Self { id, thread, armed: None }) } else { Err(io::Error::last_os_error()) }
+        if result == 0 {
+            Ok(Self { id, thread, tsc_frequency: tsc_frequency.max(1), armed: None })
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// Whether it was made by the calling thread.
@@ -155,20 +163,25 @@ impl Timer {
     /// Makes it expire at `deadline` or a little earlier. One that was set for an earlier time and
     /// has not expired yet may do so once in vain.
     pub fn set(&mut self, now: u64, deadline: u64) -> io::Result<()> {
-        if let Some(armed) = self.armed
+        // The clock of timers and the TSC drift apart, so the time alone does not tell whether it expired.
+        if !SIGNALLED.replace(false)
+            && let Some(armed) = self.armed
             && armed > now
             && armed <= deadline
-            && deadline - armed < SLACK_NS
+            && deadline - armed < self.tsc_frequency / SLACK
         {
             return Ok(());
         }
-        let ns = deadline.max(1);
+        let ticks = u128::from(deadline.saturating_sub(now));
+        let ns = u64::try_from(ticks * 1_000_000_000 / u128::from(self.tsc_frequency)).unwrap_or(u64::MAX);
+        // One that has come expires at once; zero would disarm the timer.
+        let ns = ns.max(1);
         // SAFETY: all-zero is a valid `itimerspec`; the ID is of a timer that exists.
         let result = unsafe {
             let mut spec: libc::itimerspec = mem::zeroed();
             spec.it_value.tv_sec = libc::time_t::try_from(ns / 1_000_000_000).unwrap_or(libc::time_t::MAX);
             spec.it_value.tv_nsec = (ns % 1_000_000_000) as _;
-            libc::timer_settime(self.id, libc::TIMER_ABSTIME, &spec, ptr::null_mut())
+            libc::timer_settime(self.id, 0, &spec, ptr::null_mut())
         };
         if result != 0 {
             return Err(io::Error::last_os_error());
@@ -183,12 +196,4 @@ impl Drop for Timer {
         // SAFETY: the ID is of a timer that exists and is not used after this.
         unsafe { libc::timer_delete(self.id) };
     }
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC.
-pub(crate) fn now_ns() -> u64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `t` is valid for the call, which can't fail for this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
-    (t.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(t.tv_nsec as u64)
 }

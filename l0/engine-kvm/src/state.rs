@@ -3,7 +3,7 @@
 //! What KVM has is kept as KVM gave it; only what L0 changed is put in, so that fields which the VMCS
 //! does not show keep their values and unchanged state is not loaded again.
 
-use engine::{DescriptorTable, EngineVmcs, GuestRegs, Segment, interruptibility};
+use engine::{DescriptorTable, EngineVmcs, GuestRegs, GuestState, Segment, interruptibility};
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS,
     KVM_X86_SHADOW_INT_STI, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
@@ -26,6 +26,35 @@ pub(crate) struct KvmState {
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub events: kvm_vcpu_events,
+    /// `sregs` as the VMCS shows them, which is quick to compare. `None` as long as nobody did.
+    shown: Option<System>,
+}
+
+/// The system registers in the VMCS's format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct System {
+    segments: [Segment; 8],
+    gdtr: DescriptorTable,
+    idtr: DescriptorTable,
+    control: [u64; 5],
+}
+
+impl System {
+    fn of(g: &GuestState, regs: &GuestRegs) -> Self {
+        let (segments, gdtr, idtr) = (g.segments, g.gdtr, g.idtr);
+        Self { segments, gdtr, idtr, control: control(g, regs) }
+    }
+
+    fn is_that_of(&self, g: &GuestState, regs: &GuestRegs) -> bool {
+        self.control == control(g, regs)
+            && self.segments == g.segments
+            && self.gdtr == g.gdtr
+            && self.idtr == g.idtr
+    }
+}
+
+fn control(g: &GuestState, regs: &GuestRegs) -> [u64; 5] {
+    [g.cr0, g.cr3, g.cr4, g.efer, regs.cr2]
 }
 
 /// The events that L0 sets: interrupt shadow and pending NMIs besides what is injected.
@@ -65,6 +94,15 @@ pub(crate) fn from_segment(s: &Segment) -> kvm_segment {
     }
 }
 
+/// Whether L0 changed none of the general registers, RIP and RFLAGS.
+fn is_same(r: &kvm_regs, g: &GuestState, regs: &GuestRegs) -> bool {
+    let [rax, rcx, rdx, rbx, _, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = regs.gpr;
+    let low = r.rax ^ rax | r.rcx ^ rcx | r.rdx ^ rdx | r.rbx ^ rbx | r.rsp ^ g.rsp | r.rbp ^ rbp;
+    let middle = r.rsi ^ rsi | r.rdi ^ rdi | r.r8 ^ r8 | r.r9 ^ r9 | r.r10 ^ r10 | r.r11 ^ r11;
+    let high = r.r12 ^ r12 | r.r13 ^ r13 | r.r14 ^ r14 | r.r15 ^ r15;
+    low | middle | high | r.rip ^ g.rip | r.rflags ^ g.rflags == 0
+}
+
 /// General registers in encoding order, RSP's slot included.
 fn general(r: &mut kvm_regs) -> [&mut u64; 16] {
     [
@@ -100,6 +138,13 @@ fn put<T: PartialEq>(slot: &mut T, value: T, dirty: &mut bool) {
 }
 
 impl KvmState {
+    /// What KVM gave.
+    pub fn new(regs: kvm_regs, sregs: kvm_sregs, events: kvm_vcpu_events) -> Self {
+        let mut state = Self { regs, sregs, events, shown: None };
+        state.normalise();
+        state
+    }
+
     /// To be called with what KVM gave: leaves out what only one direction has.
     pub fn normalise(&mut self) {
         self.events.flags = EVENT_FLAGS;
@@ -131,6 +176,7 @@ impl KvmState {
         (g.gdtr, g.idtr) = (to_table(&s.gdt), to_table(&s.idt));
         (g.cr0, g.cr3, g.cr4, g.efer) = (s.cr0, s.cr3, s.cr4, s.efer);
         regs.cr2 = s.cr2;
+        self.shown = Some(System::of(&vmcs.guest, regs));
     }
 
     fn interruptibility(&self) -> u32 {
@@ -141,35 +187,21 @@ impl KvmState {
             | bit(self.events.nmi.masked != 0, interruptibility::NMI)
     }
 
-    /// Takes over what L0 changed, and the event that VMCS injects.
+    /// Takes over what L0 changed, and the event that VMCS injects. Most exits change nothing or little, so
+    /// this comes to a few comparisons.
     pub fn take(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Dirty {
         let mut dirty = Dirty::default();
         let g = &vmcs.guest;
-        for (i, r) in general(&mut self.regs).into_iter().enumerate() {
-            put(r, if i == gpr::RSP { g.rsp } else { regs.gpr[i] }, &mut dirty.regs);
-        }
-        put(&mut self.regs.rip, g.rip, &mut dirty.regs);
-        put(&mut self.regs.rflags, g.rflags, &mut dirty.regs);
-        for (i, s) in segments(&mut self.sregs) {
-            if to_segment(s) != g.segments[i] {
-                *s = from_segment(&g.segments[i]);
-                dirty.sregs = true;
+        if !is_same(&self.regs, g, regs) {
+            dirty.regs = true;
+            for (i, r) in general(&mut self.regs).into_iter().enumerate() {
+                *r = if i == gpr::RSP { g.rsp } else { regs.gpr[i] };
             }
+            (self.regs.rip, self.regs.rflags) = (g.rip, g.rflags);
         }
-        let s = &mut self.sregs;
-        for (t, want) in [(&mut s.gdt, g.gdtr), (&mut s.idt, g.idtr)] {
-            put(&mut t.base, want.base, &mut dirty.sregs);
-            // A limit has 16 bits (SDM Vol. 3C §27.3.1.3).
-            put(&mut t.limit, want.limit as u16, &mut dirty.sregs);
-        }
-        for (r, want) in [
-            (&mut s.cr0, g.cr0),
-            (&mut s.cr3, g.cr3),
-            (&mut s.cr4, g.cr4),
-            (&mut s.efer, g.efer),
-            (&mut s.cr2, regs.cr2),
-        ] {
-            put(r, want, &mut dirty.sregs);
+        if !self.shown.as_ref().is_some_and(|s| s.is_that_of(g, regs)) {
+            dirty.sregs = self.take_system(g, regs);
+            self.shown = Some(System::of(g, regs));
         }
         dirty.events = self.take_events(vmcs);
         // Loading the registers drops an exception that KVM has queued.
@@ -177,16 +209,40 @@ impl KvmState {
         dirty
     }
 
+    fn take_system(&mut self, g: &GuestState, regs: &GuestRegs) -> bool {
+        let mut dirty = false;
+        for (i, s) in segments(&mut self.sregs) {
+            if to_segment(s) != g.segments[i] {
+                *s = from_segment(&g.segments[i]);
+                dirty = true;
+            }
+        }
+        let s = &mut self.sregs;
+        for (t, want) in [(&mut s.gdt, g.gdtr), (&mut s.idt, g.idtr)] {
+            put(&mut t.base, want.base, &mut dirty);
+            // A limit has 16 bits (SDM Vol. 3C §27.3.1.3).
+            put(&mut t.limit, want.limit as u16, &mut dirty);
+        }
+        let registers = [&mut s.cr0, &mut s.cr3, &mut s.cr4, &mut s.efer, &mut s.cr2];
+        for (r, want) in registers.into_iter().zip(control(g, regs)) {
+            put(r, want, &mut dirty);
+        }
+        dirty
+    }
+
     fn take_events(&mut self, vmcs: &EngineVmcs) -> bool {
+        let shadow = vmcs.guest.interruptibility;
+        let c = &vmcs.controls;
+        let info = c.entry_interruption;
+        if !info.is_valid() && !self.has_event() && shadow == self.interruptibility() {
+            return false;
+        }
         let before = self.events;
         let e = &mut self.events;
-        let shadow = vmcs.guest.interruptibility;
         let bit = |mask: u32, flag: u32| if shadow & mask != 0 { flag as u8 } else { 0 };
         e.interrupt.shadow = bit(interruptibility::STI, KVM_X86_SHADOW_INT_STI)
             | bit(interruptibility::MOV_SS, KVM_X86_SHADOW_INT_MOV_SS);
         e.nmi.masked = u8::from(shadow & interruptibility::NMI != 0);
-        let c = &vmcs.controls;
-        let info = c.entry_interruption;
         let is = |ty: EventType| info.is_valid() && info.event_type() == ty;
         let soft = is(EventType::SoftwareInterrupt);
         let interrupt = is(EventType::External) || soft;
@@ -207,11 +263,19 @@ impl KvmState {
         before != *e
     }
 
+    /// Whether KVM has an event that it has not delivered.
+    fn has_event(&self) -> bool {
+        let e = &self.events;
+        e.exception.injected | e.exception.pending | e.interrupt.injected | e.nmi.injected != 0
+    }
+
     /// The event whose delivery KVM has not finished, with its error code: IDT-vectoring
     /// information (SDM Vol. 3C §25.9.3).
     pub fn interrupted_event(&self) -> (InterruptionInfo, u32) {
         let e = &self.events;
-        if e.exception.injected != 0 {
+        if !self.has_event() {
+            (InterruptionInfo::NONE, 0)
+        } else if e.exception.injected != 0 {
             let has_code = e.exception.has_error_code != 0;
             let info = InterruptionInfo::new(e.exception.nr, EventType::HardwareException, has_code);
             (info, if has_code { e.exception.error_code } else { 0 })

@@ -33,13 +33,12 @@ use x86_spec::reg::{cr0, cr4, efer, gpr};
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
 use crate::fpu;
-use crate::kick::{Armed, KickState, Timer, now_ns};
+use crate::kick::{Armed, KickState, Timer};
 use crate::state::{Dirty, KvmState};
 use crate::{Shared, host, host_tsc, unsupported};
 
-/// How often NMI blocking is looked at while an NMI waits, in nanoseconds: KVM has no NMI-window
-/// exit for userspace.
-const NMI_POLL_NS: u64 = 1_000_000;
+/// How often NMI blocking is looked at while an NMI waits: KVM has no NMI-window exit for userspace.
+const NMI_POLLS_PER_SECOND: u64 = 1000;
 /// How many accesses one instruction may make in [`Vcpu::settle`]. KVM splits long string
 /// instructions itself; this only bounds a KVM that does not.
 const MAX_ACCESSES: usize = 1 << 16;
@@ -98,26 +97,42 @@ enum Access {
 #[derive(Debug, PartialEq, Eq)]
 struct Loaded {
     debug: [u64; 6],
-    msrs: [(u32, u64); 12],
+    msrs: [u64; 12],
     tsc_offset: u64,
 }
 
-/// MSRs of the context.
-fn context_msrs(vmcs: &EngineVmcs, regs: &GuestRegs) -> [(u32, u64); 12] {
+/// MSRs of the context, in the order of [`context_msrs`].
+const CONTEXT_MSRS: [u32; 12] = [
+    msr::STAR,
+    msr::LSTAR,
+    msr::CSTAR,
+    msr::FMASK,
+    msr::KERNEL_GS_BASE,
+    msr::IA32_TSC_AUX_MSR,
+    msr::IA32_SPEC_CTRL,
+    msr::IA32_SYSENTER_CS,
+    msr::IA32_SYSENTER_ESP,
+    msr::IA32_SYSENTER_EIP,
+    msr::IA32_PAT,
+    msr::IA32_DEBUGCTL,
+];
+
+/// Their values.
+fn context_msrs(vmcs: &EngineVmcs, regs: &GuestRegs) -> [u64; 12] {
     let (g, m) = (&vmcs.guest, &regs.msrs);
     [
-        (msr::STAR, m.star),
-        (msr::LSTAR, m.lstar),
-        (msr::CSTAR, m.cstar),
-        (msr::FMASK, m.fmask),
-        (msr::KERNEL_GS_BASE, m.kernel_gs_base),
-        (msr::IA32_TSC_AUX_MSR, m.tsc_aux),
-        (msr::IA32_SPEC_CTRL, m.spec_ctrl),
-        (msr::IA32_SYSENTER_CS, g.sysenter_cs),
-        (msr::IA32_SYSENTER_ESP, g.sysenter_esp),
-        (msr::IA32_SYSENTER_EIP, g.sysenter_eip),
-        (msr::IA32_PAT, g.pat),
-        (msr::IA32_DEBUGCTL, g.debugctl),
+        m.star,
+        m.lstar,
+        m.cstar,
+        m.fmask,
+        m.kernel_gs_base,
+        m.tsc_aux,
+        m.spec_ctrl,
+        g.sysenter_cs,
+        g.sysenter_esp,
+        g.sysenter_eip,
+        g.pat,
+        g.debugctl,
     ]
 }
 
@@ -172,7 +187,7 @@ pub struct KvmVcpu {
     shows_all: bool,
     kick: Arc<KickState>,
     timer: Option<Timer>,
-    /// In nanoseconds of CLOCK_MONOTONIC.
+    /// By the TSC.
     deadline: Option<u64>,
     failure: Option<String>,
 }
@@ -190,12 +205,11 @@ impl KvmVcpu {
                 fd.set_sync_valid_reg(part);
             }
         }
-        let mut state = KvmState {
-            regs: fd.get_regs().map_err(host("KVM_GET_REGS"))?,
-            sregs: fd.get_sregs().map_err(host("KVM_GET_SREGS"))?,
-            events: fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?,
-        };
-        state.normalise();
+        let state = KvmState::new(
+            fd.get_regs().map_err(host("KVM_GET_REGS"))?,
+            fd.get_sregs().map_err(host("KVM_GET_SREGS"))?,
+            fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?,
+        );
         Ok(Self {
             fd,
             shared,
@@ -229,7 +243,7 @@ impl KvmVcpu {
     /// them costs as much as the rest of an exit, and few exits need them.
     fn fetch(&mut self) -> Result<(), EngineError> {
         if self.sync {
-            let all = self.fd.sync_regs();
+            let all = self.fd.sync_regs_mut();
             (self.state.regs, self.state.events) = (all.regs, all.events);
         } else {
             self.state.regs = self.fd.get_regs().map_err(host("KVM_GET_REGS"))?;
@@ -313,9 +327,9 @@ impl KvmVcpu {
                 kvm_debugregs { db: regs.dr, dr6: regs.dr6, dr7: vmcs.guest.dr7, ..kvm_debugregs::default() };
             self.fd.set_debug_regs(&debug).map_err(host("KVM_SET_DEBUGREGS"))?;
         }
-        for (i, (index, value)) in want.msrs.iter().enumerate() {
-            if old.as_ref().is_none_or(|o| o.msrs[i].1 != *value) {
-                self.set_msr(*index, *value)?;
+        for (i, (index, value)) in CONTEXT_MSRS.into_iter().zip(want.msrs).enumerate() {
+            if old.as_ref().is_none_or(|o| o.msrs[i] != value) {
+                self.set_msr(index, value)?;
             }
         }
         if old.as_ref().is_none_or(|o| o.tsc_offset != want.tsc_offset) {
@@ -360,8 +374,7 @@ impl KvmVcpu {
     fn show_rest(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<(), EngineError> {
         let debug = self.fd.get_debug_regs().map_err(host("KVM_GET_DEBUGREGS"))?;
         (regs.dr, regs.dr6, vmcs.guest.dr7) = (debug.db, debug.dr6, debug.dr7);
-        let wanted = context_msrs(vmcs, regs).map(|(index, _)| index);
-        let mut rest = &wanted[..];
+        let mut rest = &CONTEXT_MSRS[..];
         // KVM stops at one that it lacks.
         while !rest.is_empty() {
             let entries: Vec<_> =
@@ -502,20 +515,24 @@ impl KvmVcpu {
     /// Arms the timer for the VMX-preemption timer's value.
     fn set_timer(&mut self, vmcs: &EngineVmcs) -> Result<(), EngineError> {
         let ticks = vmcs.guest.preemption_timer;
-        let now = now_ns();
-        let tsc = u128::from(ticks) << PREEMPTION_TIMER_SHIFT;
-        let ns = (tsc * 1_000_000_000).div_ceil(self.tsc_frequency.into()) as u64;
+        let polls = vmcs.controls.primary.contains(PrimaryControls::NMI_WINDOW_EXITING);
+        self.deadline = None;
         // The largest value is L0's "never".
-        let mut limit = (ticks != u32::MAX).then(|| now.saturating_add(ns));
-        self.deadline = limit;
-        if vmcs.controls.primary.contains(PrimaryControls::NMI_WINDOW_EXITING) {
-            let poll = now.saturating_add(NMI_POLL_NS);
-            limit = Some(limit.map_or(poll, |l| l.min(poll)));
+        if ticks == u32::MAX && !polls {
+            return Ok(());
         }
-        let Some(limit) = limit else { return Ok(()) };
+        let now = host_tsc();
+        let mut limit = u64::MAX;
+        if ticks != u32::MAX {
+            limit = now.saturating_add(u64::from(ticks) << PREEMPTION_TIMER_SHIFT);
+            self.deadline = Some(limit);
+        }
+        if polls {
+            limit = limit.min(now.saturating_add(self.tsc_frequency / NMI_POLLS_PER_SECOND));
+        }
         let timer = |source| EngineError::Host { call: "setting a timer", source };
         if self.timer.as_ref().is_none_or(|t| !t.is_own()) {
-            self.timer = Some(Timer::new().map_err(timer)?);
+            self.timer = Some(Timer::new(self.tsc_frequency).map_err(timer)?);
         }
         match &mut self.timer {
             Some(t) => t.set(now, limit).map_err(timer),
@@ -600,7 +617,7 @@ impl KvmVcpu {
         let nmi_window = vmcs.controls.primary.contains(PrimaryControls::NMI_WINDOW_EXITING);
         let reason = if self.kick.take() {
             ExitReason::ExternalInterrupt
-        } else if self.deadline.is_some_and(|d| d <= now_ns()) {
+        } else if self.deadline.is_some_and(|d| d <= host_tsc()) {
             ExitReason::PreemptionTimer
         } else if nmi_window && vmcs.guest.interruptibility & interruptibility::NMI == 0 {
             ExitReason::NmiWindow

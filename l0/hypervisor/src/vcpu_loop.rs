@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::MachineEvent;
+use devices::{MachineEvent, Waiting};
 use engine::{Controls, Engine, EngineVmcs, GuestRegs, Monitor, Vcpu, VmExit, interruptibility};
 use exit_trace::Level;
 use machine::boot::BootState;
@@ -197,13 +197,22 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// One turn of the loop: at most one entry. `Some` when the machine stops.
     pub(crate) fn turn(&mut self) -> Option<RunEnd> {
-        let handle = self.vm.handle().clone();
-        handle.answer_views(self.index, || self.vmcs_view());
+        if self.vm.handle().wants_view(self.index) {
+            let handle = self.vm.handle().clone();
+            handle.answer_views(self.index, || self.vmcs_view());
+        }
         if let Some(end) = self.service_devices() {
             return Some(end);
         }
         if self.regs.pmu.interrupt {
             self.performance_interrupt();
+        }
+        // What comes later from another thread is announced by a request, which is looked at before the entry.
+        let mut waiting = self.board().interrupts().waiting(self.index);
+        if waiting.init_or_sipi
+            && let Some(end) = self.take_init()
+        {
+            return Some(end);
         }
         if self.halted {
             if self.has_wake_event() {
@@ -234,7 +243,8 @@ impl<E: Engine> VcpuLoop<E> {
                 return None;
             }
         } else {
-            if let Some(exit) = self.settle_before_event() {
+            let has_event = self.event.is_some() || waiting.has_event();
+            if has_event && let Some(exit) = self.settle(&mut waiting) {
                 self.account_handled();
                 self.account_exit(&exit);
                 match self.dispatch(&exit) {
@@ -244,13 +254,13 @@ impl<E: Engine> VcpuLoop<E> {
                 }
                 return None;
             }
-            self.prepare_entry();
+            self.prepare_entry(has_event);
         }
         if !self.vm.handle().entering(self.index) {
             return None;
         }
         self.account_handled();
-        let exit = self.enter();
+        let exit = self.enter(waiting.cr8);
         self.vm.handle().left(self.index);
         self.account_exit(&exit);
         let outcome = if self.in_l2() {
@@ -268,14 +278,13 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// VM entry to VM exit. Where the engine lacks exits for CR8, the task priority goes from the local
-    /// APIC to the processor and back.
-    fn enter(&mut self) -> VmExit {
+    /// APIC, where it is `before`, to the processor and back.
+    fn enter(&mut self, before: u8) -> VmExit {
         let exits = self.vmcs.controls.primary.contains(PrimaryControls::CR8_LOAD_EXITING)
             && !self.vm.engine().is_lenient();
         if exits || self.in_l2() {
             return self.vcpu.enter(&mut self.vmcs, &mut self.regs);
         }
-        let before = self.board().interrupts().with_lapic(self.index, |l| l.cr8()).unwrap_or(0);
         self.regs.cr8 = before.into();
         let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
         let after = (self.regs.cr8 & 15) as u8;
@@ -341,34 +350,26 @@ impl<E: Engine> VcpuLoop<E> {
 
     /// Lets due timers expire and looks for what ends the run.
     fn service_devices(&mut self) -> Option<RunEnd> {
-        let vm = self.vm.clone();
-        if vm.handle().take_request(self.index) {
+        let (board, handle) = (self.vm.board(), self.vm.handle());
+        if handle.take_request(self.index) {
             // Whoever asks may have changed a device.
             self.deadline = None;
         }
-        let board = vm.board();
-        let now = board.now_ns();
-        let due = match self.deadline {
-            Some(d) => d.is_some_and(|d| d <= now),
-            None => true,
-        };
-        if due {
+        let deadline = *self.deadline.get_or_insert_with(|| board.next_deadline());
+        if deadline.is_some_and(|d| d <= board.now_ns()) {
             board.tick();
             self.deadline = None;
             // What the tick raised is looked at below; no need to be told of it again.
-            vm.handle().take_request(self.index);
+            handle.take_request(self.index);
         }
-        if vm.handle().is_stopping() {
+        if handle.is_stopping() {
             return Some(RunEnd::Stopped);
         }
-        if let Some(event) = board.take_event() {
-            return Some(match event {
-                MachineEvent::PowerOff => RunEnd::PowerOff,
-                MachineEvent::Reset => RunEnd::Reset,
-                MachineEvent::DebugExit(status) => RunEnd::DebugExit(status),
-            });
-        }
-        self.take_init()
+        board.take_event().map(|event| match event {
+            MachineEvent::PowerOff => RunEnd::PowerOff,
+            MachineEvent::Reset => RunEnd::Reset,
+            MachineEvent::DebugExit(status) => RunEnd::DebugExit(status),
+        })
     }
 
     /// INIT sends the bootstrap processor to the reset vector (SDM Vol. 3A §9.1), where there is no
@@ -499,16 +500,13 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// An event goes in after the instruction that L0 had the engine execute, so the engine must be done with
-    /// it. An exit that the rest of the instruction caused.
-    fn settle_before_event(&mut self) -> Option<VmExit> {
-        let interrupts = self.board().interrupts();
-        let nmi = || interrupts.with_lapic(self.index, |l| l.nmi_pending()) == Some(true);
-        if self.event.is_none() && !interrupts.has_interrupt(self.index) && !nmi() {
-            return None;
-        }
+    /// it, which may change what waits. An exit that the rest of the instruction caused.
+    fn settle(&mut self, waiting: &mut Waiting) -> Option<VmExit> {
         let vm = self.vm.clone();
         let mut bus = CpuBus { board: vm.board(), cpu: self.index, ram: vm.ram() };
-        self.vcpu.settle(&mut self.vmcs, &mut self.regs, &mut bus)
+        let exit = self.vcpu.settle(&mut self.vmcs, &mut self.regs, &mut bus);
+        *waiting = vm.board().interrupts().waiting(self.index);
+        exit
     }
 
     /// MONITOR exits, to be #UD, where it is not enabled; MWAIT exits always.
@@ -520,14 +518,19 @@ impl<E: Engine> VcpuLoop<E> {
     }
 
     /// Fills in what changes from entry to entry: the event to inject, window controls, the
-    /// preemption timer, "IA-32e mode guest".
-    fn prepare_entry(&mut self) {
+    /// preemption timer, "IA-32e mode guest". `has_event`: there may be something to inject.
+    fn prepare_entry(&mut self, has_event: bool) {
         vmcs01::sync_long_mode(&mut self.vmcs);
         self.restrict_monitor();
-        if !self.vmcs.controls.entry_interruption.is_valid() {
-            self.choose_event();
+        if has_event {
+            if !self.vmcs.controls.entry_interruption.is_valid() {
+                self.choose_event();
+            }
+            self.request_windows();
+        } else {
+            let windows = PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING;
+            self.vmcs.controls.primary -= windows;
         }
-        self.request_windows();
         self.vmcs.guest.preemption_timer = self.timer_ticks();
     }
 

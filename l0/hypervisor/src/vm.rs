@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
-use devices::clock::{NS_PER_SEC, mul_div};
+use devices::clock::{NS_PER_SEC, mul_div_up};
 use devices::{Clock, TscSource};
 use engine::{Engine, EngineError, Kick};
 use exit_trace::{Recorder, VcpuSummary};
@@ -79,12 +79,28 @@ pub enum VmError {
 struct EngineClock {
     tsc: Box<dyn Fn() -> u64 + Send + Sync>,
     start: u64,
-    hz: u64,
+    /// Nanoseconds for a tick, with [`Self::FRACTION`] bits after the point: each exit asks for the time, and a
+    /// division would be a large part of what that costs.
+    ns_per_tick: u64,
+}
+
+impl EngineClock {
+    /// Enough for an error of less than a nanosecond in a year.
+    const FRACTION: u32 = 56;
+
+    /// A clock that starts now, of a TSC of `hz` hertz.
+    fn new(tsc: Box<dyn Fn() -> u64 + Send + Sync>, hz: u64) -> Self {
+        // Of a TSC slower than 4 MHz this would be too much for 64 bits.
+        // Rounded up, so that whole nanoseconds come out whole.
+        let ns_per_tick = mul_div_up(NS_PER_SEC, 1 << Self::FRACTION, hz);
+        Self { start: tsc(), tsc, ns_per_tick }
+    }
 }
 
 impl Clock for EngineClock {
     fn now_ns(&self) -> u64 {
-        mul_div((self.tsc)().wrapping_sub(self.start), NS_PER_SEC, self.hz)
+        let ticks = (self.tsc)().wrapping_sub(self.start);
+        (u128::from(ticks) * u128::from(self.ns_per_tick) >> Self::FRACTION) as u64
     }
 }
 
@@ -130,7 +146,7 @@ impl<E: Engine + 'static> VmBuilder<E> {
             let e = e.clone();
             move || e.tsc()
         };
-        let clock = Arc::new(EngineClock { tsc: Box::new(now(&engine)), start: engine.tsc(), hz });
+        let clock = Arc::new(EngineClock::new(Box::new(now(&engine)), hz));
         let tscs = (0..config.cpus.max(1)).map(|_| GuestTsc::new(now(&engine), hz)).collect();
         let (vmcs_access, ept02) = (config.vmcs_access, config.ept02);
         Ok(Self { engine, memory, ram, pool, ept01, msr_bitmap, cpuid, clock, tscs, vmcs_access, ept02 })
@@ -333,10 +349,15 @@ impl VmHandle {
         receiver.recv_timeout(patience).ok()
     }
 
+    /// Whether someone wants to see the VMCSs of vCPU `cpu`.
+    pub(crate) fn wants_view(&self, cpu: usize) -> bool {
+        self.0.cpus.get(cpu).is_some_and(|c| c.view_wanted.load(Ordering::Relaxed))
+    }
+
     /// Shows the VMCSs, as `view` makes them, to those who asked.
     pub(crate) fn answer_views(&self, cpu: usize, view: impl FnOnce() -> String) {
         let Some(c) = self.0.cpus.get(cpu) else { return };
-        if !c.view_wanted.load(Ordering::Relaxed) || !c.view_wanted.swap(false, Ordering::SeqCst) {
+        if !c.view_wanted.swap(false, Ordering::SeqCst) {
             return;
         }
         let view = view();
