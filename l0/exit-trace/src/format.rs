@@ -12,10 +12,11 @@
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::InterruptionInfo;
 
+use crate::VmcsAccesses;
 use crate::record::{Event, Exit, Level};
 
 /// First bytes of a trace; the last of them is the version.
-pub const MAGIC: [u8; 8] = *b"nvmexit\x01";
+pub const MAGIC: [u8; 8] = *b"nvmexit\x02";
 /// First bytes of a chunk.
 pub const CHUNK_MAGIC: [u8; 4] = *b"exit";
 /// Size of the header in bytes.
@@ -23,7 +24,7 @@ pub const HEADER_SIZE: usize = 4096;
 /// Size of a chunk in bytes.
 pub const CHUNK_SIZE: usize = 65536;
 /// Size of a record in bytes.
-pub const RECORD_SIZE: usize = 64;
+pub const RECORD_SIZE: usize = 72;
 /// Records in a chunk.
 pub const RECORDS: usize = CHUNK_SIZE / RECORD_SIZE - 1;
 /// Most chunks of a file that a reader looks for: 1 TiB.
@@ -87,6 +88,9 @@ pub fn encode(event: &Event) -> [u8; RECORD_SIZE] {
             f.put(&[e.reason as u8, e.forwarded.map_or(0, |r| r as u8), flags(e), e.instruction_length]);
             f.put(&short(e.interruption).to_le_bytes());
             f.put(&short(e.idt_vectoring).to_le_bytes());
+            for n in [e.accesses.vmreads, e.accesses.vmwrites] {
+                f.put(&u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes());
+            }
         }
     }
     bytes
@@ -127,6 +131,8 @@ pub fn decode(mut bytes: &[u8], number: u64) -> Option<Event> {
     if flags & flag::IDLE != 0 {
         return Some(Event::Idle { time_ns, ns: l0_ns });
     }
+    let [interruption, idt_vectoring] = [(); 2].map(|()| long(u16::from_le_bytes(take(b))));
+    let [vmreads, vmwrites] = [(); 2].map(|()| u64::from(u32::from_le_bytes(take(b))));
     let reason = ExitReason::from_u16(reason.into())?;
     let forwarded = match flags & flag::FORWARDED {
         0 => None,
@@ -144,12 +150,13 @@ pub fn decode(mut bytes: &[u8], number: u64) -> Option<Event> {
         rip,
         guest_physical,
         guest_linear,
-        interruption: long(u16::from_le_bytes(take(b))),
-        idt_vectoring: long(u16::from_le_bytes(take(b))),
+        interruption,
+        idt_vectoring,
         instruction_length,
         guest_ns,
         l0_ns,
         cause: if distance == 0 { None } else { number.checked_sub(distance) },
+        accesses: VmcsAccesses { vmreads, vmwrites },
     }))
 }
 
@@ -322,6 +329,7 @@ mod tests {
             guest_ns: (1 << 48) - 1,
             l0_ns: 5_000_000_000,
             cause: Some(1),
+            accesses: VmcsAccesses { vmreads: 300, vmwrites: u64::from(u32::MAX) },
             ..Exit::new(Level::L2, ExitReason::EptViolation)
         };
         for _ in 0..2 {
@@ -348,14 +356,14 @@ mod tests {
             Header::decode(&bad)
         };
         assert_eq!(with(0, b'x'), Err(BadHeader::Magic));
-        assert_eq!(with(7, 2), Err(BadHeader::Version(2)));
+        assert_eq!(with(7, 1), Err(BadHeader::Version(1)));
         assert_eq!(with(24, 17), Err(BadHeader::Damaged));
         assert_eq!(Header::decode(&good[..30]), Err(BadHeader::Damaged));
         let huge = Header { chunks: u64::MAX, ..h };
         assert_eq!(Header::decode(&huge.encode()), Err(BadHeader::Size { vcpus: 2, chunks: u64::MAX }));
-        let c = ChunkHeader { cpu: 1, sequence: 99, first: 1234, count: 1023, sum: 77 };
+        let c = ChunkHeader { cpu: 1, sequence: 99, first: 1234, count: 909, sum: 77 };
         assert_eq!(ChunkHeader::decode(&c.encode()), Some(c));
-        assert_eq!(ChunkHeader::decode(&ChunkHeader { count: 1024, ..c }.encode()), None);
+        assert_eq!(ChunkHeader::decode(&ChunkHeader { count: 910, ..c }.encode()), None);
         assert_eq!(ChunkHeader::decode(&[0; RECORD_SIZE]), None);
     }
 }

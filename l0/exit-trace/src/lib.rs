@@ -12,6 +12,7 @@
 //! that exit. They are what makes nesting expensive ("exit multiplication", Ben-Yehuda et al., The Turtles
 //! Project, OSDI 2010).
 
+mod chain;
 pub mod format;
 mod perfetto;
 mod reader;
@@ -21,6 +22,7 @@ mod summary;
 mod table;
 mod writer;
 
+pub use chain::{Chain, Chains};
 pub use perfetto::export;
 pub use reader::{Trace, TraceError};
 pub use record::{Event, Exit, Level, Recorder};

@@ -68,6 +68,9 @@ pub struct Exit {
     pub l0_ns: u64,
     /// The forwarded exit of L2 that L1 was working on when it exited; a [`Recorder`] says.
     pub cause: Option<u64>,
+    /// VMREADs and VMWRITEs without exits since the exit before, where the engine counts them; a
+    /// [`Recorder`] says.
+    pub accesses: VmcsAccesses,
 }
 
 impl Exit {
@@ -91,6 +94,7 @@ impl Exit {
             guest_ns: 0,
             l0_ns: 0,
             cause: None,
+            accesses: VmcsAccesses { vmreads: 0, vmwrites: 0 },
         }
     }
 
@@ -158,7 +162,9 @@ pub struct Recorder {
     counted: u64,
     instructions: Instructions,
     /// VMREADs and VMWRITEs without exits, where the engine counts them.
-    pub vmcs_accesses: Option<VmcsAccesses>,
+    vmcs_accesses: Option<VmcsAccesses>,
+    /// Those of them that no exit has got yet.
+    new_accesses: VmcsAccesses,
     /// What one part of the engine left to the other, where it has two.
     pub hand_overs: Option<HandOvers>,
     /// The file that gets a record of each exit.
@@ -191,8 +197,17 @@ impl Recorder {
         self.last.push_back(exit);
     }
 
+    /// What the engine has counted of VMREADs and VMWRITEs without exits, up to the exit that comes next here.
+    pub fn count_accesses(&mut self, total: Option<VmcsAccesses>) {
+        let (now, before) = (total.unwrap_or_default(), self.vmcs_accesses.unwrap_or_default());
+        self.new_accesses.vmreads += now.vmreads.saturating_sub(before.vmreads);
+        self.new_accesses.vmwrites += now.vmwrites.saturating_sub(before.vmwrites);
+        self.vmcs_accesses = total;
+    }
+
     fn number(&mut self, exit: &mut Exit) {
         self.exits += 1;
+        exit.accesses = std::mem::take(&mut self.new_accesses);
         exit.number = self.exits;
         exit.cause = match exit.level {
             Level::L1 => self.cause,
@@ -286,6 +301,19 @@ mod tests {
         }
         let last = r.last_exits(None);
         assert_eq!((last.len(), last[0].rip, last[LAST - 1].rip, last[LAST - 1].number), (LAST, 68, 99, 100));
+    }
+
+    #[test]
+    fn accesses_to_the_vmcs_belong_to_the_exit_after_them() {
+        let mut r = Recorder::default();
+        for (vmreads, vmwrites) in [(3, 1), (3, 1), (10, 2)] {
+            r.count_accesses(Some(VmcsAccesses { vmreads, vmwrites }));
+            r.exit(l1(ExitReason::Vmresume), 0);
+        }
+        let each: Vec<_> =
+            r.last_exits(None).iter().map(|e| (e.accesses.vmreads, e.accesses.vmwrites)).collect();
+        assert_eq!(each, [(3, 1), (0, 0), (7, 1)]);
+        assert_eq!(r.summary(0).vmcs_accesses, Some(VmcsAccesses { vmreads: 10, vmwrites: 2 }));
     }
 
     #[test]

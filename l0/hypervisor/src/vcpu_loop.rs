@@ -321,11 +321,12 @@ impl<E: Engine> VcpuLoop<E> {
             let instructions = self.vcpu.instructions();
             let (handed, accesses) = (self.vcpu.hand_overs(), self.vcpu.vmcs_accesses());
             self.vm.handle().with_recorder(self.index, |r| {
+                r.count_accesses(
+                    accesses.map(|a| exit_trace::VmcsAccesses { vmreads: a.vmreads, vmwrites: a.vmwrites }),
+                );
                 r.exit(exit, instructions);
                 r.hand_overs = handed
                     .map(|h| exit_trace::HandOvers { instructions: h.instructions, entries: h.entries });
-                r.vmcs_accesses =
-                    accesses.map(|a| exit_trace::VmcsAccesses { vmreads: a.vmreads, vmwrites: a.vmwrites });
             });
         }
     }
