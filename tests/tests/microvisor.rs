@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use exit_trace::{Summary, VcpuSummary, VmcsAccesses};
 use microvisor::Covered;
+use quick_xml::events::Event;
 use rustix::process::Signal;
 use tests::process::{Finished, Launch};
 use vmx_emu::InstructionError;
@@ -285,7 +286,7 @@ fn a_plain_guest_measures_its_exits() {
     for name in [
         "cpuid",
         "rd_pat_msr",
-        "rd_tsc_adjust_msr",
+        "rd_tsc_adjust",
         "outb_to_post",
         "mmio_read",
         "self_ipi_sti_hlt",
@@ -323,7 +324,8 @@ fn cpuid_statistics(access: &str, rounds: u64) -> VcpuSummary {
     counted
 }
 
-/// Three benchmarks, `cpuid_bare`, `cpuid` and `cpuid_vpid`, have so many rounds each, from one exit of L2 to the next. The
+/// Three benchmarks, `cpuid_bare`, `cpuid` and `cpuid_vpid`, have so many rounds each, from one exit of L2 to the next,
+/// and one that is not timed. The
 /// handler of the last two reads reason, length and RIP and writes RIP; what the microvisor reads before the
 /// first round is the same however many follow.
 #[test]
@@ -332,8 +334,8 @@ fn statistics_tell_what_each_exit_of_l2_causes() {
     let caused = |s: &VcpuSummary, rounds: u64| {
         let cpuid = s.forwarded(ExitReason::Cpuid).expect("CPUID exits to L1");
         // The last exit of each is not followed by an entry.
-        assert_eq!((cpuid.count, cpuid.returned, cpuid.synthesized), (3 * rounds + 3, 3 * rounds, 0));
-        assert_eq!(cpuid.caused_by_reason(ExitReason::Vmresume), 3 * rounds);
+        assert_eq!((cpuid.count, cpuid.returned, cpuid.synthesized), (3 * rounds + 6, 3 * rounds + 3, 0));
+        assert_eq!(cpuid.caused_by_reason(ExitReason::Vmresume), 3 * rounds + 3);
         assert_eq!(cpuid.l1_exits, cpuid.caused.iter().map(|c| c.count).sum::<u64>());
         assert!(cpuid.l1_ns > 0 && cpuid.l1_ns < cpuid.round_trip.total_ns, "{cpuid:?}");
         assert_eq!(s.kept_count(ExitReason::Cpuid), 0);
@@ -351,4 +353,130 @@ fn statistics_tell_what_each_exit_of_l2_causes() {
     assert_eq!([more(|a| a.vmreads), more(|a| a.vmwrites)], [6 * ROUNDS, 2 * ROUNDS], "{shadowed:?}");
     let [once, twice] = [ROUNDS, 2 * ROUNDS].map(|n| caused(&cpuid_statistics("trapped", n), n));
     assert_eq!([twice[0] - once[0], twice[1] - once[1]], [6 * ROUNDS, 2 * ROUNDS], "{once:?} {twice:?}");
+}
+
+/// Exits of L1 for VMX instructions that CPUID of L2 causes, by the exit statistics of a run.
+fn caused_by_cpuid(access: &str, rounds: u64) -> u64 {
+    let json = tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path();
+    let path = json.to_str().expect("its path is UTF-8");
+    let words = format!("bench exactly=cpuid rounds={rounds}");
+    run(&["--vmcs-access", access, "--exit-stats-json", path], &words).expect_status(1);
+    let text = fs::read_to_string(&json).expect("the statistics are there");
+    let summary: Summary = serde_json::from_str(&text).expect("statistics are JSON");
+    let cpuid = summary.vcpus[0].forwarded(ExitReason::Cpuid).expect("CPUID exits to L1");
+    let caused = |r| cpuid.caused_by_reason(r);
+    caused(ExitReason::Vmread) + caused(ExitReason::Vmwrite) + caused(ExitReason::Vmresume)
+}
+
+/// What `bench exits` measured of a benchmark in a mode.
+fn measured<'a>(mode: &'a serde_json::Value, benchmark: &str) -> &'a serde_json::Value {
+    let benchmarks = mode["benchmarks"].as_array().expect("a list");
+    benchmarks.iter().find(|b| b["name"] == benchmark).expect("it was run")
+}
+
+/// A median of the first of its exits.
+fn median(mode: &serde_json::Value, benchmark: &str, what: &str) -> u64 {
+    let found = measured(mode, benchmark);
+    found["exits"][0][what]["median"].as_u64().unwrap_or_else(|| panic!("{benchmark}: no {what} in {found}"))
+}
+
+/// All modes in one run: counts are the same as those of the exit statistics, and are right for the mode; the picture
+/// has everything that was measured.
+#[test]
+fn bench_exits_compares_the_modes() {
+    const ROUNDS: u64 = 20;
+    let [json, svg] =
+        [(); 2].map(|()| tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path());
+    let [json, svg] = [&json, &svg].map(|p| p.to_str().expect("its path is UTF-8"));
+    let rounds = ROUNDS.to_string();
+    let finished =
+        Launch::new(["bench", "exits", "--rounds", &rounds, "--json", json, "--svg", svg]).run(LIMIT);
+    finished.expect_status(0);
+    let text = fs::read_to_string(json).expect("the JSON is there");
+    let report: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let modes = report["modes"].as_array().expect("a list of modes");
+    assert_eq!(modes.len(), 6);
+    let mode = |access: &str, mmu: &str| {
+        modes.iter().find(|m| m["vmcs_access"] == access && m["mmu"] == mmu).expect("each mode is there")
+    };
+    let [trapped, shadow, direct] = ["trapped", "shadow", "direct"].map(|access| mode(access, "ept"));
+
+    // The handler of CPUID reads reason, RIP and length and writes RIP.
+    for (m, accesses, exit) in [(trapped, [3, 1], [3, 1]), (shadow, [3, 1], [0, 0]), (direct, [0, 0], [0, 0])]
+    {
+        assert_eq!(["vmreads", "vmwrites"].map(|w| median(m, "cpuid", w)), accesses, "{m}");
+        assert_eq!(["trapped_vmreads", "trapped_vmwrites"].map(|w| median(m, "cpuid", w)), exit, "{m}");
+    }
+    for name in ["cpuid", "vmcall", "inl", "mov_dr", "wr_tsc_adjust", "ept_violation"] {
+        let accesses = median(trapped, name, "vmreads") + median(trapped, name, "vmwrites");
+        let [most, least] = [trapped, shadow].map(|m| median(m, name, "l0_entries"));
+        assert_eq!((most, least), (2 + accesses, 2), "{name}");
+        for m in [trapped, shadow, direct] {
+            assert_eq!(measured(m, name)["exits"][0]["count"], ROUNDS, "{name}");
+            let parts = ["l0_ns", "l1_ns", "l2_ns"].map(|level| median(m, name, level));
+            assert!(parts.iter().all(|ns| *ns > 0), "{name}: {parts:?}");
+        }
+    }
+    // The statistics of the same benchmark agree; what comes before the rounds is the same however many follow.
+    for (access, m) in [("trapped", trapped), ("shadow", shadow)] {
+        let more = caused_by_cpuid(access, 2 * ROUNDS) - caused_by_cpuid(access, ROUNDS);
+        assert_eq!(more, ROUNDS * (median(m, "cpuid", "l0_entries") - 1), "{access}");
+    }
+    // A page that L1 has not mapped yet: L1 maps it in its EPT, and then L0 does; or L1 in its shadow page tables.
+    let touch = |mmu| {
+        let exits = measured(mode("shadow", mmu), "page_touch")["exits"].as_array().expect("a list");
+        let mut exits: Vec<_> = exits.iter().map(|e| format!("{} {}", e["reason"], e["forwarded"])).collect();
+        exits.sort();
+        exits
+    };
+    assert_eq!(touch("ept"), [r#""EPT_VIOLATION" false"#, r#""EPT_VIOLATION" true"#]);
+    assert_eq!(touch("shadow-on-ept"), [r#""EXCEPTION_NMI" true"#]);
+    assert_eq!(measured(mode("shadow", "shadow-on-ept"), "ept_violation")["skipped"], "L2 has no EPT");
+
+    let texts = xml_texts(&fs::read_to_string(svg).expect("the picture is there"));
+    for name in microvisor::BENCHMARKS {
+        assert!(finished.output.lines().any(|l| l.starts_with(&format!("{name} "))), "{}", finished.output);
+        assert_eq!(texts.iter().filter(|t| t == name).count(), 1, "{name}: {texts:?}");
+    }
+    assert!(texts.iter().any(|t| t.contains("time of one operation (µs)")), "{texts:?}");
+}
+
+/// The texts of an XML document that is well-formed.
+fn xml_texts(document: &str) -> Vec<String> {
+    let mut reader = quick_xml::Reader::from_str(document);
+    let (mut texts, mut depth) = (Vec::new(), 0);
+    loop {
+        match reader.read_event().expect("well-formed XML") {
+            Event::Start(e) => {
+                assert!(e.attributes().all(|a| a.is_ok()), "{e:?}");
+                depth += 1;
+            }
+            Event::End(_) => depth -= 1,
+            Event::Text(t) => texts.push(t.decode().expect("UTF-8").into_owned()),
+            Event::Eof => break,
+            _ => {}
+        }
+    }
+    assert_eq!(depth, 0, "all elements end");
+    texts
+}
+
+#[test]
+fn bench_exits_says_what_it_can_t_measure() {
+    for (options, message) in [
+        (["--l1", "kvm"], "--l1 kvm: give an IMAGE"),
+        (
+            ["--only", "cpuid,nothing"],
+            "--only nothing: there is no such benchmark; microvisor has cpuid_bare",
+        ),
+        (["--mmu", "shadow-on-shadow"], "[possible values: ept, shadow-on-ept]"),
+        (["--rounds", "0"], "0 is not in 1..=10000"),
+    ] {
+        let finished = Launch::new(["bench", "exits"]).args(&options).run(LIMIT);
+        finished.expect_status(2);
+        assert!(finished.errors.contains(message), "{options:?}: {}", finished.errors);
+    }
+    let finished = Launch::new(["bench", "exits", "--svg", "/nowhere/x.svg"]).run(LIMIT);
+    finished.expect_status(4);
+    assert!(finished.errors.contains("/nowhere/x.svg: can't be written"), "{}", finished.errors);
 }

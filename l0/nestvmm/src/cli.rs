@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -173,8 +174,76 @@ pub enum BenchCommand {
     Nested(BenchNestedArgs),
     /// Measure what exits cost the guest that causes them; in L1 with --engine kvm, an L2
     Vmexit(BenchVmexitArgs),
+    /// Measure what exits of L2 take, by level, in all ways of VMCS access and MMU modes
+    Exits(BenchExitsArgs),
     /// Run a fixed user-mode workload here and print a line per part, in milliseconds
     Mix,
+}
+
+/// Arguments of `bench exits`.
+#[derive(Debug, Args)]
+pub struct BenchExitsArgs {
+    /// Image that `nestvmm image build` made: L2s under its KVM are measured too
+    pub image: Option<PathBuf>,
+    /// Whose L2s, parted by commas [default: the microvisor's, and KVM's if there is an IMAGE]
+    #[arg(long, value_enum, value_name = "L1", value_delimiter = ',')]
+    pub l1: Vec<L1Choice>,
+    /// How L1 accesses its VMCS, parted by commas
+    #[arg(long, value_enum, value_name = "WAYS", value_delimiter = ',',
+        default_values_t = [VmcsAccessChoice::Trapped, VmcsAccessChoice::Shadow, VmcsAccessChoice::Direct])]
+    pub vmcs_access: Vec<VmcsAccessChoice>,
+    /// How L2's memory is mapped, parted by commas
+    #[arg(long, value_enum, value_name = "MODES", value_delimiter = ',',
+        default_values_t = [MmuChoice::Ept, MmuChoice::ShadowOnEpt])]
+    pub mmu: Vec<MmuChoice>,
+    /// Rounds of each benchmark
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10000))]
+    pub rounds: u32,
+    /// Only the benchmarks with these names, parted by commas
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Write everything that was measured as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw the times in L0, L1 and L2 as a bar chart
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// `bench exits --l1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum L1Choice {
+    /// The bare-metal hypervisor that comes with nestvmm: no more than a handler for one exit.
+    Microvisor,
+    /// Linux' KVM, with nestvmm as the VMM.
+    Kvm,
+}
+
+impl fmt::Display for L1Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Microvisor => "microvisor",
+            Self::Kvm => "kvm",
+        })
+    }
+}
+
+/// `bench exits --mmu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MmuChoice {
+    /// L1 gives L2 an EPT, which L0 composes with its own.
+    Ept,
+    /// L1 shadows L2's page tables, and L2 runs on L0's EPT alone.
+    ShadowOnEpt,
+}
+
+impl fmt::Display for MmuChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ept => "ept",
+            Self::ShadowOnEpt => "shadow-on-ept",
+        })
+    }
 }
 
 /// Arguments of `bench nested`.
@@ -205,6 +274,9 @@ pub struct BenchVmexitArgs {
     /// Only the exits whose names start so
     #[arg(long, value_name = "PREFIX")]
     pub only: Option<String>,
+    /// Only the exits with these names, parted by commas
+    #[arg(long, value_name = "NAMES")]
+    pub exactly: Option<String>,
 }
 
 /// Arguments of `bench boot`.

@@ -8,8 +8,10 @@
 //!
 //! - `only=PREFIX`: run the cases whose names start with one of the prefixes, which commas part;
 //! - `list`: print the names and sections of the cases and end;
-//! - `bench`: measure exits instead; `rounds=N` is the number of rounds of each;
+//! - `bench`: measure exits instead; `rounds=N` is the number of rounds of each; `mmu=ept` (the default) or
+//!   `mmu=shadow-on-ept` says whether L2 runs with EPT of L1;
 //! - `vmexit`: measure, without VMX, what exits cost the guest that causes them; with `rounds=N`;
+//! - `exactly=NAME`: with `bench` and `vmexit`, only those with one of the names, which commas part;
 //! - `verbose`: print each case's name before it runs;
 //! - `abort=WHAT`: instead of the cases, an exit of L2 that ends in a VMX abort: `msr_store`, `msr_load`, `pdptes` or
 //!   `address_size`.
@@ -36,6 +38,7 @@ macro_rules! check_table {
 }
 include!("check_table.rs");
 include!("coverage.rs");
+include!("benchmarks.rs");
 
 // Compiled into the image by `build.rs`; here only to be seen by lints and documentation.
 #[cfg(any(clippy, doc))]

@@ -76,6 +76,35 @@ fn l2_boots_under_kvm_with_an_enlightened_vmcs() {
     assert!(log.contains("using Hyper-V Enlightened VMCS"), "{log}");
 }
 
+/// KVM without EPT has to know of each INVLPG of L2; L2's marks in the trace tell its exits from those of its boot.
+#[test]
+fn exits_of_an_l2_under_kvm_are_measured() {
+    let json = tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path();
+    let finished = Launch::new(["bench", "exits", "--l1", "kvm", "--only", "cpuid,invlpg", "--rounds", "20"])
+        .args(&["--vmcs-access", "shadow", "--mmu", "shadow-on-ept", "--json"])
+        .path(&json)
+        .path(Kernel::Cloud.image_as_l2())
+        .run(L2);
+    finished.expect_status(0);
+    let text = std::fs::read_to_string(&json).expect("the JSON is there");
+    let report: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let benchmarks = report["modes"][0]["benchmarks"].as_array().expect("a list");
+    let names: Vec<_> = benchmarks.iter().map(|b| b["name"].as_str().expect("a name")).collect();
+    assert_eq!(names, ["cpuid", "invlpg"]);
+    for (benchmark, reason) in benchmarks.iter().zip(["CPUID", "INVLPG"]) {
+        let exit = &benchmark["exits"][0];
+        assert_eq!(
+            (&exit["reason"], &exit["count"], &exit["forwarded"]),
+            (&reason.into(), &20.into(), &true.into())
+        );
+        // KVM reads at least the exit's reason, and with a shadow VMCS nothing of this exits.
+        assert!(exit["vmreads"]["median"].as_u64() > Some(0), "{exit}");
+        assert_eq!(exit["trapped_vmreads"]["median"], 0, "{exit}");
+        assert!(exit["l0_entries"]["median"].as_u64() >= Some(2), "{exit}");
+        assert!(benchmark["guest_ns"]["median"].as_u64() > Some(0), "{benchmark}");
+    }
+}
+
 /// The generic kernel has many more drivers, which look for their devices in vain.
 #[test]
 #[ignore = "slow"]

@@ -1,8 +1,9 @@
-//! `nestvmm bench`: how fast this is, as ratios against a peer measured in the same run.
+//! `nestvmm bench`: how fast this is, as ratios against a peer measured in the same run, and what exits take.
 //!
 //! Not supported: comparing with anything but QEMU's TCG.
 
 mod boot;
+mod exits;
 mod mix;
 mod nested;
 mod peer;
@@ -18,6 +19,7 @@ use crate::status::Failure;
 pub fn bench(command: &BenchCommand) -> Result<(), Failure> {
     match command {
         BenchCommand::Boot(args) => boot::boot(args),
+        BenchCommand::Exits(args) => exits::exits(args),
         BenchCommand::Nested(args) => nested::nested(args),
         BenchCommand::Vmexit(args) => vmexit::vmexit(args),
         BenchCommand::Mix => {

@@ -45,6 +45,16 @@ impl MemoryFile {
     }
 }
 
+impl MemoryFile {
+    /// What is in it, from the start.
+    ///
+    /// # Errors
+    /// [`Failure`] when the host does not open it again.
+    pub fn reader(&self) -> Result<File, Failure> {
+        File::open(self.path()).map_err(|e| Failure::host(format!("can't read a file in memory: {e}")))
+    }
+}
+
 /// Kernel and initrd of an image, as files that both programs take.
 pub struct Payload {
     kernel: MemoryFile,

@@ -48,6 +48,9 @@ pub fn vmexit(args: &BenchVmexitArgs) -> Result<(), Failure> {
     if let Some(only) = &args.only {
         words.push_str(&format!(" only={only}"));
     }
+    if let Some(exactly) = &args.exactly {
+        words.push_str(&format!(" exactly={exactly}"));
+    }
     let mut command = Command::new(child::own_program()?);
     command.args(["run", "--memory", "64M", "--debug-exit", "--vmx", "off", "--engine", engine]);
     command.arg("--kernel").arg(image.path()).args(["--append", &words]);

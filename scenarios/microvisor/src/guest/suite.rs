@@ -2,7 +2,7 @@
 
 use core::fmt::{self, Write};
 
-use super::vm::{Vm, code};
+use super::vm::{Vm, WITHOUT_EPT, code};
 use super::vmx::{self, Caps};
 use super::{abort, bench, cases, coverage, cpu, evmcs, memory, trap, vmexit};
 
@@ -152,6 +152,23 @@ fn selected(only: Option<&str>, name: &str) -> bool {
     only.is_none_or(|list| list.split(',').any(|prefix| name.starts_with(prefix)))
 }
 
+/// Which benchmarks run.
+#[derive(Clone, Copy)]
+pub struct Choice<'a> {
+    /// Those whose names start so.
+    pub only: Option<&'a str>,
+    /// Those with one of these names, which commas part.
+    pub exactly: Option<&'a str>,
+}
+
+impl Choice<'_> {
+    /// Whether `name` is chosen.
+    pub fn has(&self, name: &str) -> bool {
+        self.only.is_none_or(|prefix| name.starts_with(prefix))
+            && self.exactly.is_none_or(|list| list.split(',').any(|n| n == name))
+    }
+}
+
 /// Runs what `options` say; returns whether a case failed.
 pub fn main(options: &str) -> bool {
     println!("microvisor: {options}");
@@ -163,12 +180,14 @@ pub fn main(options: &str) -> bool {
     vmx::NO_INVEPT.store(has(options, "no-invept"), core::sync::atomic::Ordering::Relaxed);
     let caps = Caps::read();
     let rounds = word(options, "rounds=").and_then(|n| n.parse().ok()).unwrap_or(10_000);
+    let choice = Choice { only: word(options, "only="), exactly: word(options, "exactly=") };
     if has(options, "vmexit") {
-        return vmexit::main(word(options, "only="), rounds);
+        return vmexit::main(choice, rounds);
     }
     if has(options, "bench") {
+        WITHOUT_EPT.store(has(options, "mmu=shadow-on-ept"), core::sync::atomic::Ordering::Relaxed);
         return match caps {
-            Some(caps) => bench::main(&context(caps), word(options, "only="), rounds),
+            Some(caps) => bench::main(&context(caps), choice, rounds),
             None => {
                 println!("CPUID does not show VMX");
                 true

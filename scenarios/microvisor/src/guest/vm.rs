@@ -1,6 +1,7 @@
 //! A virtual machine with one VMCS: valid by default, changed by the cases, entered.
 
 use core::arch::naked_asm;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::ept::Ept;
 use super::fields::*;
@@ -157,6 +158,9 @@ pub struct Exit {
     pub rip: u64,
 }
 
+/// Machines get no EPT, as if the processor did not offer it.
+pub static WITHOUT_EPT: AtomicBool = AtomicBool::new(false);
+
 /// A virtual machine.
 pub struct Vm {
     /// What the processor offers.
@@ -265,7 +269,7 @@ impl Vm {
         if secondary {
             self.set(SECONDARY, c.secondary.one.into())?;
         }
-        if c.secondary.can(secondary::EPT) {
+        if c.secondary.can(secondary::EPT) && !WITHOUT_EPT.load(Ordering::Relaxed) {
             let ept = Ept::identity();
             self.ept = Some(ept);
             self.or(SECONDARY, secondary::EPT)?;
@@ -418,7 +422,7 @@ impl Vm {
     }
     /// The EPT, or skips the case.
     pub fn need_ept(&self) -> Result<Ept, Stop> {
-        self.ept.ok_or(Stop::Skip("control not offered"))
+        self.ept.ok_or(Stop::Skip("L2 has no EPT"))
     }
 
     /// Enters L2; the error is that of the instruction.

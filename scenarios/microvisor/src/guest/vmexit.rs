@@ -6,8 +6,10 @@
 //! instructions; exits that depend on a second processor.
 
 use core::arch::asm;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use super::bench::{report, samples};
+use super::bench::{BEGIN_PORT, END_PORT, VMEXITS, report, samples};
+use super::suite::Choice;
 use super::{cpu, trap};
 
 /// A port that nothing answers on a PC but the manufacturer's POST display.
@@ -31,11 +33,16 @@ const EXITS: &[Exit] = &[
     // What a KVM's kernel part handles.
     Exit { name: "cpuid", once: |_| _ = cpu::cpuid(0, 0) },
     Exit { name: "vmcall", once: hypercall },
+    Exit { name: "inl", once: |_| _ = cpu::inl(POST_PORT) },
+    Exit { name: "mov_dr", once: |_| unsafe { asm!("mov dr7, {}", in(reg) 0x400_u64, options(nostack)) } },
     Exit { name: "rd_pat_msr", once: |_| _ = cpu::msr(cpu::MSR_PAT) },
     Exit { name: "mov_to_cr0", once: |_| _ = cpu::set_cr0(cpu::cr0() ^ CR0_TS) },
+    // What a hypervisor watches that keeps shadow page tables, and no other.
+    Exit { name: "mov_to_cr3", once: |_| _ = cpu::set_cr3(CR3.load(Relaxed)) },
+    Exit { name: "invlpg", once: |_| unsafe { asm!("invlpg [{}]", in(reg) FRESH, options(nostack)) } },
     // What nestvmm handles itself in any case: time is its own.
-    Exit { name: "rd_tsc_adjust_msr", once: |_| _ = cpu::msr(cpu::MSR_TSC_ADJUST) },
-    Exit { name: "wr_tsc_adjust_msr", once: |_| _ = cpu::wrmsr(cpu::MSR_TSC_ADJUST, 0) },
+    Exit { name: "rd_tsc_adjust", once: |_| _ = cpu::msr(cpu::MSR_TSC_ADJUST) },
+    Exit { name: "wr_tsc_adjust", once: |_| _ = cpu::wrmsr(cpu::MSR_TSC_ADJUST, 0) },
     // What its userspace handles.
     Exit { name: "outb_to_post", once: |_| cpu::outb(POST_PORT, 0) },
     Exit { name: "inl_from_pmtimer", once: |_| _ = cpu::inl(PM_TIMER) },
@@ -47,8 +54,21 @@ const EXITS: &[Exit] = &[
     Exit { name: "page_touch", once: |round| read(FRESH + round * 4096) },
 ];
 
+const _: () = {
+    assert!(EXITS.len() == VMEXITS.len(), "VMEXITS has all names");
+    let mut i = 0;
+    while i < EXITS.len() {
+        assert!(super::coverage::same(EXITS[i].name, VMEXITS[i]), "VMEXITS has the names in order");
+        i += 1;
+    }
+};
+
 /// CR0.TS: guests flip it, hypervisors watch it.
 const CR0_TS: u64 = 1 << 3;
+
+/// What is asked for once, as asking may exit too: CR3, and whether this is an AMD processor.
+static CR3: AtomicU64 = AtomicU64::new(0);
+static AMD: AtomicBool = AtomicBool::new(false);
 
 fn read(at: u64) {
     unsafe { asm!("mov {0:e}, [{0}]", inout(reg) at => _, options(nostack)) };
@@ -56,7 +76,7 @@ fn read(at: u64) {
 
 /// A hypercall with a number that no hypervisor knows.
 fn hypercall(_: u64) {
-    let _ = if is_amd() {
+    let _ = if AMD.load(Relaxed) {
         trap::guarded!("vmmcall", inout("rax") !0_u64 => _)
     } else {
         trap::guarded!("vmcall", inout("rax") !0_u64 => _)
@@ -78,12 +98,13 @@ fn self_ipi_hlt() {
     unsafe { asm!("sti", "hlt", "cli") };
 }
 
-/// Measures the exits whose names start with `only`, `rounds` times each; returns whether one can't be
-/// measured here.
-pub fn main(only: Option<&str>, rounds: u32) -> bool {
+/// Measures the exits of `choice`, `rounds` times each; returns whether one can't be measured here.
+pub fn main(choice: Choice, rounds: u32) -> bool {
     println!("benchmark            rounds  min cycles  median  p99   median ns");
+    CR3.store(cpu::cr3(), Relaxed);
+    AMD.store(is_amd(), Relaxed);
     let mut failed = false;
-    for exit in EXITS.iter().filter(|e| only.is_none_or(|o| e.name.starts_with(o))) {
+    for exit in EXITS.iter().filter(|e| choice.has(e.name)) {
         failed |= !measure(exit, rounds);
     }
     failed
@@ -95,6 +116,7 @@ fn measure(exit: &Exit, rounds: u32) -> bool {
     let taken = trap::interrupts(VECTOR);
     let times = samples(rounds);
     let mut round = 0;
+    cpu::outb(BEGIN_PORT, 0);
     for time in times.iter_mut() {
         let start = cpu::tsc();
         (exit.once)(round);
@@ -109,6 +131,7 @@ fn measure(exit: &Exit, rounds: u32) -> bool {
         println!("FAIL {}: {} of {round} interrupts came", exit.name, trap::interrupts(VECTOR) - taken);
         return false;
     }
+    cpu::outb(END_PORT, 0);
     report(exit.name, times);
     true
 }
