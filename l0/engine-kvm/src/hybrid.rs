@@ -1,16 +1,15 @@
 //! KVM and another engine as one: KVM runs the contexts that it can deliver every demanded exit of
 //! ([`can_run`]), the other one, which is exact, runs the rest over the same memory and state.
 //!
-//! Kernel code with vector instructions, which such KVMs do not emulate at all, would go back and forth
-//! all the time: after a few instructions in a row the other engine goes on for a millisecond.
+//! Code with many VMX instructions would go back and forth all the time: after a few instructions in a row the
+//! other engine goes on for a millisecond.
 //!
 //! It also executes what KVM can't: an instruction that KVM fails to emulate, and one that KVM answered with
 //! #UD or #GP although L0 has it (the VMX instructions, CR4.VMXE). For the latter KVM has breakpoints at the
 //! guest's handlers of these vectors; at one, the fault is taken back and the instruction executed again by the
 //! other engine. There it exits, completes, or faults again, and then the fault is the guest's.
 //!
-//! A KVM that emulates kernel code may leave CS and SS as they were at SYSCALL (one seen does); a third
-//! breakpoint where SYSCALL leads completes it.
+//! A KVM that gets wrong what nobody can put right ([`Flaw`]) runs nothing at all.
 //!
 //! State goes from KVM to the other engine whole, and back as far as it differs. Code that the other engine has
 //! decoded is dropped when it takes over, as KVM's guests write memory unseen.
@@ -33,11 +32,11 @@ use x86_spec::controls::{EntryControls, PrimaryControls};
 use x86_spec::exception::{GP, UD};
 use x86_spec::exit::ExitReason;
 use x86_spec::interruption::EventType;
-use x86_spec::msr;
 use x86_spec::reg::{cr4, efer, gpr, rflags};
 use x86_spec::segment::{AccessRights, seg};
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
+use crate::probe::Flaw;
 use crate::vcpu::Failure;
 use crate::{KvmEngine, KvmVcpu, host_tsc};
 
@@ -45,7 +44,7 @@ use crate::{KvmEngine, KvmVcpu, host_tsc};
 const IA32_VMX_BASIC: u64 = 0x480;
 /// After so many single instructions without a pause the exact engine goes on for a while.
 const STREAK: u32 = 4;
-/// A pause, in ticks of the TSC: some hundred instructions of a KVM that emulates them.
+/// A pause, in ticks of the TSC: some hand-overs.
 const PAUSE: u64 = 200_000;
 /// How long it goes on, in ticks of the preemption timer: about a millisecond.
 const QUANTUM: u32 = 1 << 16;
@@ -64,6 +63,9 @@ pub enum NotForKvm {
     /// A primary control asks for what KVM can't do.
     #[error("KVM has nothing for the control {0:?}")]
     Control(PrimaryControls),
+    /// It has flaws ([`Flaw`]).
+    #[error("this host's KVM gets some things wrong")]
+    Flawed,
     /// The context is not active.
     #[error("activity state {0:?}")]
     Activity(Activity),
@@ -103,7 +105,7 @@ pub fn can_run(vmcs: &EngineVmcs, kvm: &VmxCapabilities) -> Result<(), NotForKvm
 pub struct HybridEngine<S> {
     kvm: KvmEngine,
     soft: Arc<S>,
-    emulates: bool,
+    flaws: Vec<Flaw>,
 }
 
 impl<S: Engine> HybridEngine<S> {
@@ -113,8 +115,13 @@ impl<S: Engine> HybridEngine<S> {
     /// As [`KvmEngine::new`].
     pub fn new(memory: Arc<MachineMemory>, soft: S) -> Result<Self, EngineError> {
         let kvm = KvmEngine::new(memory)?;
-        let emulates = !crate::probe::runs_cmpxchg16b()?;
-        Ok(Self { kvm, soft: Arc::new(soft), emulates })
+        let flaws = crate::probe::flaws()?;
+        Ok(Self { kvm, soft: Arc::new(soft), flaws })
+    }
+
+    /// What this host's KVM gets wrong; if anything, the other engine runs all.
+    pub fn flaws(&self) -> &[Flaw] {
+        &self.flaws
     }
 }
 
@@ -127,8 +134,11 @@ impl<S: Engine> Engine for HybridEngine<S> {
     }
 
     fn supported_features(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let (a, b) =
-            (self.kvm.supported_features(leaf, subleaf), self.soft.supported_features(leaf, subleaf));
+        let b = self.soft.supported_features(leaf, subleaf);
+        if !self.flaws.is_empty() {
+            return b;
+        }
+        let a = self.kvm.supported_features(leaf, subleaf);
         std::array::from_fn(|i| a[i] & b[i])
     }
 
@@ -153,8 +163,8 @@ impl<S: Engine> Engine for HybridEngine<S> {
             shown: true,
             wrote: false,
             watches: false,
-            breakpoints: [0; 3],
-            emulates: self.emulates,
+            breakpoints: [0; 2],
+            trusts: self.flaws.is_empty(),
             takes_vmxe: false,
             stepped: 0,
             streak: 0,
@@ -163,7 +173,7 @@ impl<S: Engine> Engine for HybridEngine<S> {
     }
 
     fn is_lenient(&self) -> bool {
-        true
+        self.flaws.is_empty()
     }
 
     fn invalidate(&self, scope: InvalidateScope) {
@@ -196,10 +206,10 @@ pub struct HybridVcpu<S: Engine> {
     wrote: bool,
     /// Faults are to be taken back.
     watches: bool,
-    /// KVM's breakpoints at the handlers of #UD and #GP and where SYSCALL leads; 0 is none.
-    breakpoints: [u64; 3],
-    /// KVM emulates kernel code, and leaves CS and SS as they were at SYSCALL.
-    emulates: bool,
+    /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
+    breakpoints: [u64; 2],
+    /// KVM has no flaws.
+    trusts: bool,
     /// KVM takes CR4.VMXE.
     takes_vmxe: bool,
     /// When the exact engine last ran a context of KVM's, by the TSC, and how often in a row it did.
@@ -234,7 +244,7 @@ impl<S: Engine> HybridVcpu<S> {
                 if self.shown {
                     self.kvm.load_vectors(regs)?;
                 }
-                self.watch(vmcs, regs)?;
+                self.watch(vmcs)?;
                 (self.shown, self.wrote) = (false, true);
                 self.show_vmxe(vmcs);
                 let result = self.kvm.try_enter(vmcs, regs);
@@ -343,21 +353,11 @@ impl<S: Engine> HybridVcpu<S> {
     }
 
     /// Keeps KVM's breakpoints at the guest's handlers of #UD and #GP.
-    fn watch(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), Failure> {
-        if !self.watches && !self.emulates {
+    fn watch(&mut self, vmcs: &EngineVmcs) -> Result<(), Failure> {
+        if !self.watches {
             return Ok(());
         }
-        let handler = |vector| if self.watches { self.handler(vmcs, vector).unwrap_or(0) } else { 0 };
-        let syscall = vmcs.guest.efer & (efer::LMA | efer::SCE) == efer::LMA | efer::SCE;
-        let want = [
-            handler(UD),
-            handler(GP),
-            match (self.emulates && syscall, self.shown) {
-                (true, true) => regs.msrs.lstar,
-                (true, false) => self.kvm.msr(msr::LSTAR)?,
-                _ => 0,
-            },
-        ];
+        let want = [UD, GP].map(|vector| self.handler(vmcs, vector).unwrap_or(0));
         if want != self.breakpoints {
             let list: Vec<u64> = want.into_iter().filter(|at| *at != 0).collect();
             self.kvm.set_breakpoints(&list)?;
@@ -380,18 +380,6 @@ impl<S: Engine> HybridVcpu<S> {
         present.then_some(low & 0xffff | low >> 32 & 0xffff_0000 | high << 32)
     }
 
-    /// What SYSCALL does with CS and SS (SDM Vol. 2B, SYSCALL).
-    fn complete_syscall(&self, vmcs: &mut EngineVmcs) {
-        let Ok(star) = self.kvm.msr(msr::STAR) else { return };
-        let cs = (star >> 32) as u16 & !3;
-        let flat =
-            |selector, access| Segment { base: 0, limit: u32::MAX, access: AccessRights(access), selector };
-        let g = &mut vmcs.guest;
-        g.segments[seg::CS] = flat(cs, 0xa09b);
-        g.segments[seg::SS] = flat(cs.wrapping_add(8), 0xc093);
-        g.rflags &= !rflags::RF;
-    }
-
     /// The code or data segment of a selector in the GDT (SDM Vol. 3A §3.4.5).
     fn descriptor(&self, g: &GuestState, selector: u16) -> Option<Segment> {
         let at = u32::from(selector & !7);
@@ -412,10 +400,7 @@ impl<S: Engine> HybridVcpu<S> {
     fn take_back(&mut self, vmcs: &mut EngineVmcs) {
         let g = &mut vmcs.guest;
         let rip = g.rip;
-        let [ud, gp, syscall] = self.breakpoints;
-        if rip == syscall && g.segments[seg::SS].access.dpl() == 3 {
-            return self.complete_syscall(vmcs);
-        }
+        let [ud, gp] = self.breakpoints;
         if rip != ud && rip != gp {
             return;
         }
@@ -457,7 +442,8 @@ fn linear_rip(vmcs: &EngineVmcs) -> u64 {
 
 impl<S: Engine> Vcpu for HybridVcpu<S> {
     fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
-        let result = match can_run(vmcs, &self.capabilities) {
+        let runs = if self.trusts { can_run(vmcs, &self.capabilities) } else { Err(NotForKvm::Flawed) };
+        let result = match runs {
             Ok(()) => self.enter_kvm(vmcs, regs),
             Err(why) => {
                 tracing::trace!("not for KVM: {why}");
@@ -545,6 +531,9 @@ impl<S: Engine> Vcpu for HybridVcpu<S> {
     }
 
     fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
+        if !self.trusts {
+            return Ok(());
+        }
         self.kvm.set_cpuid(entries)?;
         self.takes_vmxe = self.kvm.takes_cr4(cr4::VMXE)?;
         Ok(())

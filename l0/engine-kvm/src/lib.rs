@@ -38,7 +38,7 @@ use memory::{MachineAddr, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
 
 pub use hybrid::{HybridEngine, HybridVcpu, NotForKvm, can_run};
-pub use probe::{Probe, probe};
+pub use probe::{Flaw, Probe, probe};
 use slots::Slot;
 pub use vcpu::KvmVcpu;
 

@@ -449,14 +449,6 @@ impl KvmVcpu {
         Ok((xcrs.nr_xcrs > 0).then_some(xcrs.xcrs[0].value))
     }
 
-    /// An MSR of the context.
-    pub(crate) fn msr(&self, index: u32) -> Result<u64, EngineError> {
-        let entry = kvm_msr_entry { index, ..Default::default() };
-        let mut list = Msrs::from_entries(&[entry]).map_err(|e| unsupported(format!("{e:?}")))?;
-        self.fd.get_msrs(&mut list).map_err(host("KVM_GET_MSRS"))?;
-        Ok(list.as_slice().first().map_or(0, |e| e.data))
-    }
-
     /// Has KVM stop before the instructions at these linear addresses, four at most, in place of the
     /// guest's own breakpoints; none gives the guest its own back.
     pub(crate) fn set_breakpoints(&mut self, at: &[u64]) -> Result<(), EngineError> {

@@ -223,10 +223,10 @@ fn kvm_engine_report() -> EngineReport {
         |usable, detail, speed| EngineReport { name: "kvm", usable, detail, instructions_per_second: speed };
     match engine_kvm::probe() {
         Ok(p) => {
-            let limits = if p.kernel_code {
-                "runs L1 on the processor, its VMX instructions and its guests in the software engine"
-            } else {
-                "KVM emulates guests' kernel code, slowly; what it lacks the software engine executes"
+            let limits = match p.flaws.as_slice() {
+                [] => "runs L1 on the processor, its VMX instructions and its guests in the software engine"
+                    .into(),
+                flaws => crate::run::without_kvm(flaws),
             };
             let detail = format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000);
             match measure(KvmEngine::new) {

@@ -148,7 +148,19 @@ fn soft_engine(memory: Arc<MachineMemory>) -> Result<SoftEngine, engine::EngineE
 
 /// KVM, with the software engine for what KVM can't do.
 fn kvm_engine(memory: Arc<MachineMemory>) -> Result<HybridEngine<SoftEngine>, engine::EngineError> {
-    HybridEngine::new(memory.clone(), soft_engine(memory)?)
+    /// Said once, however often the machine is reset.
+    static NOTICE: std::sync::Once = std::sync::Once::new();
+    let engine = HybridEngine::new(memory.clone(), soft_engine(memory)?)?;
+    if !engine.flaws().is_empty() {
+        NOTICE.call_once(|| tracing::warn!("{}", without_kvm(engine.flaws())));
+    }
+    Ok(engine)
+}
+
+/// What users of `--engine kvm` are told about a KVM that runs nothing.
+pub(crate) fn without_kvm(flaws: &[engine_kvm::Flaw]) -> String {
+    let flaws: Vec<_> = flaws.iter().map(ToString::to_string).collect();
+    format!("this host's KVM can't be trusted with guests, the software CPU runs them: {}", flaws.join("; "))
 }
 
 /// From power-on to the end of one machine.

@@ -59,7 +59,7 @@ fn rig(code: &[u8]) -> Option<Rig> {
         | PrimaryControls::SECONDARY_CONTROLS;
     c.secondary = x86_spec::controls::SecondaryControls::ENABLE_EPT
         | x86_spec::controls::SecondaryControls::UNRESTRICTED_GUEST;
-    c.entry = EntryControls::IA32E_MODE_GUEST;
+    c.entry = EntryControls::IA32E_MODE_GUEST | EntryControls::LOAD_IA32_EFER;
     c.eptp = ept::eptp(TABLES, false);
     c.msr_bitmap = MachineAddr(MSR_BITMAP);
     c.cr4_mask = cr4::VMXE;
@@ -78,6 +78,8 @@ fn rig(code: &[u8]) -> Option<Rig> {
     let mut regs = GuestRegs::reset();
     regs.gpr[gpr::RSI] = DATA;
     let mut vcpu = engine.create_vcpu().unwrap();
+    // Whatever its flaws, these tests are of what it can.
+    vcpu.trusts = true;
     vcpu.takes_vmxe = vcpu.kvm.takes_cr4(cr4::VMXE).unwrap();
     Some(Rig { vcpu, vmcs, regs, memory })
 }
@@ -132,7 +134,7 @@ fn what_kvm_does_not_emulate_is_executed_all_the_same() {
     assert_eq!(r.enter().reason, ExitReason::Hlt);
     assert_eq!(r.memory.read_u64(MachineAddr(DATA)).unwrap(), 2 * DATA);
     let left = r.vcpu.hand_overs().unwrap();
-    let direct = crate::probe().unwrap().kernel_code;
+    let direct = !crate::probe().unwrap().flaws.contains(&Flaw::KernelCode);
     assert_eq!(left == HandOvers::default(), direct, "{left:?}");
 }
 
@@ -203,6 +205,7 @@ fn a_true_fault_is_the_guest_s() {
 fn syscall_enters_the_kernel() {
     // syscall; where it leads: hlt
     let Some(mut r) = rig(&[0x0f, 0x05]) else { return };
+    r.vcpu.trusts = crate::probe().unwrap().flaws.is_empty();
     let g = &mut r.vmcs.guest;
     g.efer |= efer::SCE;
     for (i, access, selector) in [(seg::CS, 0xa0fb, 0x33), (seg::SS, 0xc0f3, 0x2b)] {
@@ -214,6 +217,15 @@ fn syscall_enters_the_kernel() {
     assert_eq!((g.rip, r.regs.gpr[gpr::RCX]), (HANDLERS, CODE + 2));
     let segments = [seg::CS, seg::SS].map(|i| (g.segments[i].selector, g.segments[i].access.dpl()));
     assert_eq!(segments, [(0x10, 0), (0x18, 0)], "SDM Vol. 2B, SYSCALL");
+}
+
+#[test]
+fn a_kvm_with_flaws_runs_nothing() {
+    let Some(mut r) = rig(&[0xf4]) else { return };
+    r.vcpu.trusts = false;
+    assert_eq!(r.enter().reason, ExitReason::Hlt);
+    assert_eq!(r.vcpu.hand_overs().unwrap(), HandOvers { entries: 1, instructions: 0 });
+    assert!(r.vcpu.shown, "KVM has run nothing");
 }
 
 #[test]
