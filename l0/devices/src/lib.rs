@@ -2,7 +2,7 @@
 //! ([`PioDevice`], [`MmioDevice`]), and the interrupt fabric that connects them to
 //! the vCPUs' local APICs.
 //!
-//! Devices never block and never call the hypervisor directly. They take the time from a
+//! Devices never block (what may take long, a [`worker`] does) and never call the hypervisor directly. They take the time from a
 //! [`Clock`], raise interrupts through an [`IrqLine`], and report what ends the
 //! machine through an [`EventSink`]. Locks are taken in one order: a device's own,
 //! then the interrupt controllers', then a local APIC's.
@@ -10,6 +10,7 @@
 pub mod clock;
 pub mod debug_exit;
 pub mod device;
+pub mod disk;
 pub mod fabric;
 pub mod fw_cfg;
 pub mod i8042;
@@ -24,6 +25,8 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod testdev;
+pub mod virtio;
+pub mod worker;
 
 pub use clock::{Clock, ClockTsc, ManualClock, MonotonicClock, TscSource};
 pub use device::{EventSink, IrqLine, IrqSink, MachineEvent, MmioDevice, PioDevice, TimedDevice, lock};

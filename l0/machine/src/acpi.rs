@@ -1,24 +1,30 @@
-//! The ACPI tables that describe the PC (ACPI Specification 6.5 ch. 5): RSDP, XSDT, FADT, FACS, DSDT and
-//! MADT, placed in the firmware area below 1 MiB.
+//! The ACPI tables that describe the PC (ACPI Specification 6.5 ch. 5): RSDP, XSDT, FADT, FACS, DSDT,
+//! MADT and MCFG, placed in the firmware area below 1 MiB.
 //!
-//! Not supported: tables for PCI (MCFG), HPET, NUMA (SRAT), firmware logs; sleep states other than S5.
+//! Not supported: tables for HPET, NUMA (SRAT), firmware logs; sleep states other than S5.
 
-use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
+    ResourceTemplate, Scope,
+};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::gas::{AccessSize, AddressSpace as RegisterSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use devices::ioapic::IOAPIC_BASE;
 use devices::lapic::DEFAULT_APIC_BASE;
+use devices::pci::{ADDRESS_PORT, ECAM_BASE, ECAM_SIZE, PciWindows};
 use devices::pm::{PM_BASE, PM_TIMER, PM1_CONTROL, PM1_EVENT, SLP_TYP_S5};
 use devices::reset::{RESET_PORT, RESET_VALUE};
 use devices::rtc::REG_CENTURY;
 use memory::L1Gpa;
 
 use crate::pc::{SCI_IRQ, SERIAL_IRQ, SERIAL_PORT};
+use crate::pci::{SLOTS, wire_of};
 
 const OEM_ID: [u8; 6] = *b"NESTVM";
 const OEM_TABLE_ID: [u8; 8] = *b"NESTVMM ";
@@ -68,20 +74,24 @@ impl Placer {
     }
 }
 
-/// Builds the tables of a PC with `cpus` vCPUs, whose APIC IDs are 0 to `cpus - 1`.
+/// Builds the tables of a PC with `cpus` vCPUs, whose APIC IDs are 0 to `cpus - 1`, and PCI devices in `windows`.
 ///
 /// # Errors
 /// [`AcpiError`] when so many vCPUs do not fit.
-pub fn build(cpus: u16) -> Result<AcpiTables, AcpiError> {
+pub fn build(cpus: u16, windows: &PciWindows) -> Result<AcpiTables, AcpiError> {
     let rsdp_end = (RSDP_ADDRESS.0 + Rsdp::len() as u64).next_multiple_of(ALIGNMENT);
     let mut placer = Placer { next: rsdp_end, blobs: Vec::new() };
     let facs = placer.place(bytes_of(&FACS::new()));
-    let dsdt = placer.place(dsdt());
+    let dsdt = placer.place(dsdt(windows));
     let fadt = placer.place(fadt(facs, dsdt));
     let madt = placer.place(madt(cpus));
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(ECAM_BASE, 0, 0, 0xff);
+    let mcfg = placer.place(bytes_of(&mcfg));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    xsdt.add_entry(mcfg);
     let xsdt = placer.place(bytes_of(&xsdt));
     if placer.next > AREA_END {
         return Err(AcpiError { cpus });
@@ -104,12 +114,12 @@ fn port_register(port: u16, bytes: u8) -> GAS {
         2 => AccessSize::WordAccess,
         _ => AccessSize::DwordAccess,
     };
-    GAS::new(AddressSpace::SystemIo, bytes * 8, 0, access, port.into())
+    GAS::new(RegisterSpace::SystemIo, bytes * 8, 0, access, port.into())
 }
 
 /// A block of registers that are accessed `access` bytes at a time.
 fn port_block(port: u16, bytes: u8, access: AccessSize) -> GAS {
-    GAS::new(AddressSpace::SystemIo, bytes * 8, 0, access, port.into())
+    GAS::new(RegisterSpace::SystemIo, bytes * 8, 0, access, port.into())
 }
 
 /// Fixed ACPI Description Table (§5.2.9). The 32-bit and 64-bit forms of an address agree, but the FACS has only
@@ -220,8 +230,53 @@ fn ports(first: u16, count: u8) -> IO {
     IO::new(first, first, 1, count)
 }
 
-/// Differentiated System Description Table: the ISA devices and `\_S5`.
-fn dsdt() -> Vec<u8> {
+/// The PCI host bridge (PCI Firmware Specification 3.3 §4.1): buses, configuration ports, the memory that devices may
+/// have, and which interrupts their wires are.
+fn host_bridge(windows: &PciWindows) -> Vec<u8> {
+    let buses = AddressSpace::new_bus_number(0u16, 0xff);
+    let config_ports = ports(ADDRESS_PORT, 8);
+    let cacheable = AddressSpaceCacheable::NotCacheable;
+    let (low_start, low_end) = (*windows.low.start() as u32, *windows.low.end() as u32);
+    let low = AddressSpace::new_memory(cacheable, true, low_start, low_end, None);
+    let high = AddressSpace::new_memory(cacheable, true, *windows.high.start(), *windows.high.end(), None);
+    let routes: Vec<[u32; 2]> =
+        (1..SLOTS).map(|device| [u32::from(device) << 16 | 0xffff, wire_of(device)]).collect();
+    // Each: device, pin INTA, no link device, global system interrupt (§6.2.13).
+    let routes: Vec<Package> =
+        routes.iter().map(|[device, gsi]| Package::new(vec![device, &0u8, &0u8, gsi])).collect();
+    let members = [
+        Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+        Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+        Name::new("_UID".into(), &0u8),
+        Name::new("_BBN".into(), &0u8),
+        Name::new("_SEG".into(), &0u8),
+        Name::new("_CRS".into(), &ResourceTemplate::new(vec![&buses, &config_ports, &low, &high])),
+        Name::new("_PRT".into(), &Package::new(routes.iter().map(|r| r as &dyn Aml).collect())),
+    ];
+    bytes_of(&device("PCI0", &members))
+}
+
+/// What belongs to the board: the memory that is PCI's configuration space (PCI Firmware Specification 3.3 §4.1.2).
+fn board() -> Vec<u8> {
+    let ecam = Memory32Fixed::new(true, ECAM_BASE as u32, ECAM_SIZE as u32);
+    let members = [
+        Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+        Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam])),
+    ];
+    bytes_of(&device("MBRD", &members))
+}
+
+/// Bytes that are AML already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// Differentiated System Description Table: the PCI host bridge, the ISA devices and `\_S5`.
+fn dsdt(windows: &PciWindows) -> Vec<u8> {
     let hid = |id: &str| Name::new("_HID".into(), &EISAName::new(id));
 
     let com_ports = ports(SERIAL_PORT, 8);
@@ -248,7 +303,8 @@ fn dsdt() -> Vec<u8> {
     let rtc = device("RTC_", &rtc);
     let kbd = device("KBD_", &kbd);
     let aux = device("MOU_", &aux);
-    let bus = Scope::new("_SB_".into(), vec![&com, &rtc, &kbd, &aux]);
+    let (pci, board) = (Raw(host_bridge(windows)), Raw(board()));
+    let bus = Scope::new("_SB_".into(), vec![&pci, &board, &com, &rtc, &kbd, &aux]);
     let s5 = Name::new("_S5_".into(), &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &0u8, &0u8]));
 
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -288,7 +344,7 @@ mod tests {
 
     #[test]
     fn tables_are_linked_checked_and_apart() {
-        let tables = build(1).unwrap();
+        let tables = build(1, &PciWindows::after_ram(1 << 30)).unwrap();
         // RSDP: signature, both checksums, revision 2, XSDT address (§5.2.5.3).
         let (at, rsdp) = table(&tables, b"RSD PTR ");
         assert_eq!(at, 0xe_0000);
@@ -315,7 +371,7 @@ mod tests {
 
     #[test]
     fn fadt_says_what_the_machine_has() {
-        let tables = build(1).unwrap();
+        let tables = build(1, &PciWindows::after_ram(1 << 30)).unwrap();
         let (_, fadt) = table(&tables, b"FACP");
         // Offsets of §5.2.9, Table 5.9.
         assert_eq!(u16::from_le_bytes([fadt[46], fadt[47]]), 9, "SCI_INT");
@@ -351,7 +407,7 @@ mod tests {
 
     #[test]
     fn madt_lists_controllers() {
-        let tables = build(2).unwrap();
+        let tables = build(2, &PciWindows::after_ram(1 << 30)).unwrap();
         let (_, madt) = table(&tables, b"APIC");
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
         let entries = madt_entries(madt);
@@ -366,11 +422,14 @@ mod tests {
 
     #[test]
     fn high_apic_ids_use_the_x2apic_form() {
-        let tables = build(300).unwrap();
+        let tables = build(300, &PciWindows::after_ram(1 << 30)).unwrap();
         let (_, madt) = table(&tables, b"APIC");
         let entries = madt_entries(madt);
         assert_eq!(entries[254], [0, 8, 254, 254, 1, 0, 0, 0]);
         assert_eq!(entries[255], [9, 16, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0]);
-        assert_eq!(build(u16::MAX).unwrap_err(), AcpiError { cpus: u16::MAX });
+        assert_eq!(
+            build(u16::MAX, &PciWindows::after_ram(1 << 30)).unwrap_err(),
+            AcpiError { cpus: u16::MAX }
+        );
     }
 }

@@ -139,6 +139,11 @@ impl MmioBus {
         self.ranges.get(at).filter(|r| r.first <= address)
     }
 
+    /// Whether a device has `address`.
+    pub fn has(&self, address: u64) -> bool {
+        self.find(address).is_some()
+    }
+
     /// Reads `size` (1, 2, 4 or 8) bytes at `address`, zero-extended.
     pub fn read(&self, address: u64, size: u8) -> u64 {
         let mask = size_mask(size);

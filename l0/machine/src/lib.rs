@@ -6,5 +6,6 @@ pub mod boot;
 pub mod bus;
 pub mod image;
 pub mod pc;
+pub mod pci;
 
 pub use pc::{Pc, PcConfig, PcError};

@@ -16,7 +16,9 @@
 //! | 0xE0–0xEB, 0x2000–0x2017 | test device (option) |
 //! | 0xF4–0xF7 | isa-debug-exit (option) |
 //!
-//! Not supported: PCI devices (there is only a host bridge), HPET, VGA, floppy, parallel port.
+//! Memory that is neither RAM nor one of the fixed devices is PCI's ([`crate::pci`]).
+//!
+//! Not supported: HPET, VGA, floppy, parallel port.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -28,7 +30,7 @@ use devices::fabric::Notifier;
 use devices::fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg};
 use devices::i8042::I8042;
 use devices::ioapic::{IOAPIC_BASE, IOAPIC_SIZE};
-use devices::pci::{ADDRESS_PORT, DATA_PORT, DATA_PORTS, PciConfig};
+use devices::pci::{ADDRESS_PORT, DATA_PORT, DATA_PORTS, PciPorts, PciRoot, PciWindows};
 use devices::pit::Pit;
 use devices::pm::{PM_BASE, PM_PORTS, PowerManagement};
 use devices::reset::{Port92, PostCode, RESET_PORT, ResetControl};
@@ -45,6 +47,7 @@ use devices::{
 use memory::{L1Gpa, RamLayout};
 
 use crate::bus::{MmioBus, Overlap, PioBus, PortWidth, size_mask};
+use crate::pci::{self, PciDevices, PciError};
 
 /// First port of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -81,6 +84,8 @@ pub struct PcConfig {
     pub console: Box<dyn Write + Send>,
     /// Where the second serial port's output goes; `None` for no such port.
     pub channel: Option<Box<dyn Write + Send>>,
+    /// What there is on PCI besides the host bridge.
+    pub devices: Option<PciDevices>,
 }
 
 impl Default for PcConfig {
@@ -98,6 +103,7 @@ impl Default for PcConfig {
             clock: None,
             console: Box::new(std::io::sink()),
             channel: None,
+            devices: None,
         }
     }
 }
@@ -111,6 +117,9 @@ pub enum PcError {
     /// Two devices claim the same ports or addresses.
     #[error("device layout: {0}")]
     Layout(#[from] Overlap),
+    /// The PCI devices.
+    #[error(transparent)]
+    Pci(#[from] PciError),
 }
 
 /// Most vCPUs that ACPI tables and 8-bit I/O APIC destinations can name here.
@@ -294,6 +303,7 @@ pub struct Pc {
     interrupts: Arc<Interrupts>,
     pio: PioBus,
     mmio: MmioBus,
+    pci: Arc<PciRoot>,
     timers: Vec<Timer>,
     console: SerialLine,
     channel: Option<SerialLine>,
@@ -361,9 +371,11 @@ impl Pc {
             pio.claim(0x60 + offset, 1, PortWidth::Byte, shared(port))?;
         }
         // The reset register lies between PCI's two.
-        let pci = shared(PciConfig::default());
+        let windows = pci_windows(&ram);
+        let pci = Arc::new(pci::build(windows, config.devices, &interrupts)?);
+        let ports = shared(PciPorts(pci.clone()));
         for (port, count) in [(ADDRESS_PORT, 1), (DATA_PORT, DATA_PORTS)] {
-            let part = PortsAt { device: pci.clone(), offset: port - ADDRESS_PORT };
+            let part = PortsAt { device: ports.clone(), offset: port - ADDRESS_PORT };
             pio.claim(port, count, PortWidth::Any, shared(part))?;
         }
         pio.claim(0x70, 2, PortWidth::Byte, rtc.clone())?;
@@ -393,7 +405,7 @@ impl Pc {
         let mut timers =
             vec![Timer::new(&pit), Timer::new(&rtc), Timer::new(&console.uart), Timer::new(&power)];
         timers.extend(channel.as_ref().map(|c| Timer::new(&c.uart)));
-        Ok(Self { clock, interrupts, pio, mmio, timers, console, channel, power, events })
+        Ok(Self { clock, interrupts, pio, mmio, pci, timers, console, channel, power, events })
     }
 
     // ---- buses --------------------------------------------------------------------------
@@ -423,14 +435,20 @@ impl Pc {
     pub fn mmio_read(&self, cpu: usize, gpa: L1Gpa, size: u8) -> u64 {
         match self.interrupts.lapic_mmio_read(cpu, gpa.0, size) {
             Some(value) => value & size_mask(size),
-            None => self.mmio.read(gpa.0, size),
+            None if self.mmio.has(gpa.0) => self.mmio.read(gpa.0, size),
+            None => self.pci.mmio_read(gpa.0, size) & size_mask(size),
         }
     }
 
     /// A store by vCPU `cpu` to what is not RAM.
     pub fn mmio_write(&self, cpu: usize, gpa: L1Gpa, size: u8, value: u64) {
-        if !self.interrupts.lapic_mmio_write(cpu, gpa.0, size, value) {
+        if self.interrupts.lapic_mmio_write(cpu, gpa.0, size, value) {
+            return;
+        }
+        if self.mmio.has(gpa.0) {
             self.mmio.write(gpa.0, size, value);
+        } else {
+            self.pci.mmio_write(gpa.0, size, value & size_mask(size));
         }
     }
 
@@ -571,6 +589,12 @@ impl Pc {
 
 fn shared<T>(device: T) -> Arc<Mutex<T>> {
     Arc::new(Mutex::new(device))
+}
+
+/// The addresses that PCI devices may have in a PC with `ram`.
+pub fn pci_windows(ram: &RamLayout) -> PciWindows {
+    let ends = ram.regions.iter().map(|r| r.start.0.saturating_add(r.len));
+    PciWindows::after_ram(ends.max().unwrap_or(0))
 }
 
 fn host_utc_ns() -> u64 {

@@ -10,7 +10,7 @@
 
 use std::fmt;
 use std::iter::FusedIterator;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -39,6 +39,12 @@ pub enum DmaFault {
         requester: Bdf,
         /// Where.
         address: BusAddress,
+    },
+    /// The device, or a bridge above it, is not enabled to make accesses (bus master enable).
+    #[error("device {requester} is no bus master")]
+    NotMaster {
+        /// Whose access.
+        requester: Bdf,
     },
     /// There is no RAM.
     #[error("device {requester} accesses bus address {address}, where no RAM is")]
@@ -96,22 +102,41 @@ pub trait MessageSink: Send + Sync {
     fn send(&self, requester: Bdf, address: u64, data: u32);
 }
 
-/// A function's own requester ID. Its bus number changes when the system renumbers buses.
+/// A function as the origin of requests: its requester ID, whose bus number changes when the system renumbers
+/// buses, and whether it may make requests.
 #[derive(Debug, Default)]
-pub struct Requester(AtomicU16);
+pub struct Requester {
+    id: AtomicU16,
+    /// Bus master enable of the function.
+    master: AtomicBool,
+    /// The bridge above does not forward requests.
+    cut_off: AtomicBool,
+}
 
 impl Requester {
-    /// A function at `bdf`.
+    /// A function at `bdf`, which is no bus master yet.
     pub fn new(bdf: Bdf) -> Self {
-        Self(AtomicU16::new(bdf.requester_id()))
+        Self { id: AtomicU16::new(bdf.requester_id()), ..Self::default() }
     }
     /// Where the function is now.
     pub fn get(&self) -> Bdf {
-        Bdf::from_requester_id(self.0.load(Ordering::Relaxed))
+        Bdf::from_requester_id(self.id.load(Ordering::Relaxed))
     }
     /// The function was addressed as `bdf`, and is that from now on (PCI Express 6.0 §2.2.6.2).
     pub fn set(&self, bdf: Bdf) {
-        self.0.store(bdf.requester_id(), Ordering::Relaxed);
+        self.id.store(bdf.requester_id(), Ordering::Relaxed);
+    }
+    /// Bus master enable of the function.
+    pub fn set_master(&self, enabled: bool) {
+        self.master.store(enabled, Ordering::Release);
+    }
+    /// Bus master enable of the bridge above the function.
+    pub fn set_forwarded(&self, enabled: bool) {
+        self.cut_off.store(!enabled, Ordering::Release);
+    }
+    /// Whether the function's requests get anywhere.
+    pub fn can_request(&self) -> bool {
+        self.master.load(Ordering::Acquire) && !self.cut_off.load(Ordering::Acquire)
     }
 }
 
@@ -153,6 +178,9 @@ impl<'s> DmaSession<'s> {
         len: u64,
         access: DmaAccess,
     ) -> Result<(MachineAddr, u64), DmaFault> {
+        if !self.dma.requester.can_request() {
+            return Err(DmaFault::NotMaster { requester: self.requester });
+        }
         let (gpa, here) = self.dma.space.translate(self.requester, address, len, access)?;
         let not_ram = DmaFault::NotRam { requester: self.requester, address };
         let (machine, room) = self.dma.ram.translate(gpa).ok_or(not_ram)?;
@@ -355,6 +383,7 @@ mod tests {
         let memory = Arc::new(MachineMemory::new(0x8000).unwrap());
         let ram = L1Ram::new(memory, RamLayout::new(0x8000)).unwrap();
         let requester = Arc::new(Requester::new(Bdf::new(1, 0, 0)));
+        requester.set_master(true);
         (ram.clone(), DeviceDma::new(ram, space, requester))
     }
 
@@ -387,6 +416,18 @@ mod tests {
         let fault = DmaFault::NotRam { requester, address: beyond };
         assert_eq!(dma.session().read(address, &mut [0; 3]), Err(fault));
         assert!(dma.session().read(BusAddress(u64::MAX), &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn only_bus_masters_get_to_memory() {
+        let (_, dma) = machine(Arc::new(Untranslated::default()));
+        let read = || dma.session().read(BusAddress(0), &mut [0]);
+        assert_eq!(read(), Ok(()));
+        dma.requester.set_forwarded(false);
+        assert_eq!(read(), Err(DmaFault::NotMaster { requester: Bdf::new(1, 0, 0) }));
+        dma.requester.set_forwarded(true);
+        dma.requester.set_master(false);
+        assert!(read().is_err());
     }
 
     #[test]

@@ -514,6 +514,16 @@ pub struct RunArgs {
     /// How EPT02 follows the guest's own EPT
     #[arg(long, value_enum, default_value_t = EptSyncChoice::Invept)]
     pub ept_sync: EptSyncChoice,
+    /// Add a virtio disk that is FILE, a raw image or block device; ",ro" after it refuses writes. May be
+    /// repeated
+    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    pub disks: Vec<DiskFile>,
+    /// Show the guest the disk image that it is booted from as its first disk
+    #[arg(long, value_enum, default_value_t = ImageDisk::Ro)]
+    pub image_disk: ImageDisk,
+    /// Add a virtio entropy device
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub rng: OnOff,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none [default: stdio; with --exec none, but the end is shown
     /// when something goes wrong]
@@ -594,6 +604,43 @@ pub enum EngineChoice {
     Kvm,
     /// Whichever is best here: the software CPU in this version.
     Auto,
+}
+
+/// `--disk`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile {
+    /// The file.
+    pub path: PathBuf,
+    /// The guest can't write.
+    pub read_only: bool,
+}
+
+impl FromStr for DiskFile {
+    type Err = String;
+
+    /// A path; `,ro` or `,rw` at its end are the options.
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (path, read_only) = match (s.strip_suffix(",ro"), s.strip_suffix(",rw")) {
+            (Some(path), _) => (path, true),
+            (None, Some(path)) => (path, false),
+            (None, None) => (s, false),
+        };
+        if path.is_empty() {
+            return Err("give FILE or FILE,ro".into());
+        }
+        Ok(Self { path: path.into(), read_only })
+    }
+}
+
+/// `--image-disk`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageDisk {
+    /// It can read it.
+    Ro,
+    /// It can change it.
+    Rw,
+    /// It does not see it.
+    Off,
 }
 
 /// A switch.

@@ -12,15 +12,17 @@ use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
 use machine::image::ImageKind;
-use machine::{Pc, PcConfig, acpi, image};
-use memory::MachineMemory;
+use machine::pci::{Disk, PciDevices, PciError};
+use machine::{Pc, PcConfig, PcError, acpi, image};
+use memory::{MachineMemory, RamLayout};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{
-    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnReset, RunArgs,
+    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnOff, OnReset, RunArgs,
 };
 use crate::console::{Console, Output};
 use crate::crash;
+use crate::disks;
 use crate::exec::NO_STATUS;
 use crate::exec::host::Exec;
 use crate::session::{Running, Session};
@@ -59,6 +61,7 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
     let session = Arc::new(Session::default());
     session.start_signals()?;
     let mut files = BootFiles::load(args)?;
+    let disks = disks::open(args)?;
     let target = match (&args.console, exec) {
         (Some(ConsoleTarget::Stdio), Some(_)) => {
             return Err(Failure::usage(
@@ -81,7 +84,7 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
         _ => None,
     };
     console.start_input(&session)?;
-    let result = run_machines(args, &files, &console.output, &session, exec);
+    let result = run_machines(args, &files, &disks, &console.output, &session, exec);
     drop(raw);
     match (result?, exec) {
         (End::Status(s), None) => Ok(s),
@@ -100,15 +103,16 @@ enum End {
 fn run_machines(
     args: &RunArgs,
     files: &BootFiles,
+    disks: &[Disk],
     output: &Output,
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
 ) -> Result<End, Failure> {
     loop {
         let end = match args.engine {
-            EngineChoice::Kvm => boot_once(kvm_engine, args, files, output, session, exec)?,
+            EngineChoice::Kvm => boot_once(kvm_engine, args, files, disks, output, session, exec)?,
             EngineChoice::Soft | EngineChoice::Auto => {
-                boot_once(soft_engine, args, files, output, session, exec)?
+                boot_once(soft_engine, args, files, disks, output, session, exec)?
             }
         };
         match end {
@@ -168,6 +172,7 @@ fn boot_once<E: Engine + 'static>(
     new_engine: impl FnOnce(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
     args: &RunArgs,
     files: &BootFiles,
+    disks: &[Disk],
     output: &Output,
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
@@ -196,10 +201,16 @@ fn boot_once<E: Engine + 'static>(
         utc_ns: None,
         clock: Some(builder.clock()),
         console: Box::new(output.clone()),
+        devices: Some(PciDevices {
+            ram: builder.ram().clone(),
+            disks: disks.to_vec(),
+            rng: args.rng == OnOff::On,
+        }),
         channel: exec.map(|e| -> Box<dyn io::Write + Send> { Box::new(e.port(session)) }),
     };
-    let pc = Arc::new(Pc::new(pc_config, &builder.tscs()).map_err(Failure::internal)?);
-    let tables = acpi::build(CPUS).map_err(Failure::internal)?;
+    let windows = machine::pc::pci_windows(&RamLayout::new(builder.ram().size()));
+    let tables = acpi::build(CPUS, &windows).map_err(Failure::internal)?;
+    let pc = Arc::new(Pc::new(pc_config, &builder.tscs()).map_err(pc_failure)?);
     let request = BootRequest {
         kernel: &files.kernel,
         initrd: files.initrd.as_ref(),
@@ -256,6 +267,14 @@ fn explain_entries(failed: &hypervisor::FailedEntries, how: Explain) {
     let view = (how == Explain::View).then_some(&failed.view);
     for text in failed.last.iter().chain(view) {
         eprint!("{}\r\n", text.replace('\n', "\r\n"));
+    }
+}
+
+fn pc_failure(e: PcError) -> Failure {
+    match e {
+        PcError::Pci(PciError::TooMany(_)) => Failure::usage(e),
+        PcError::Pci(PciError::Thread(_)) => Failure::host(e),
+        PcError::Cpus(_) | PcError::Layout(_) => Failure::internal(e),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The memory map that a kernel is told, from L1's RAM and the firmware's tables in it.
 
+use devices::pci::{ECAM_BASE, ECAM_SIZE};
 use memory::{L1Gpa, L1Ram};
 
 use super::placement::{HIGH_START, LOW_END};
@@ -59,6 +60,10 @@ pub fn memory_map(ram: &L1Ram, acpi: &[(L1Gpa, u64)]) -> Vec<MemoryRange> {
         }
         push(at, end, MemoryKind::Ram);
     }
+    // PCI's configuration space, which systems believe to be there only if it is reserved.
+    let ecam = MemoryRange { start: ECAM_BASE, len: ECAM_SIZE, kind: MemoryKind::Reserved };
+    let at = map.partition_point(|r| r.start < ecam.start);
+    map.insert(at, ecam);
     map
 }
 
@@ -82,6 +87,7 @@ mod tests {
                 range(0x10_0000, 0x3fff_0000, MemoryKind::Ram),
                 range(0x3fff_0000, 0x3fff_2000, MemoryKind::Acpi),
                 range(0x3fff_2000, 0x4000_0000, MemoryKind::Ram),
+                range(0xe000_0000, 0xf000_0000, MemoryKind::Reserved),
             ]
         );
     }
@@ -90,7 +96,8 @@ mod tests {
     fn six_gib_go_on_above_the_hole() {
         let map = memory_map(&ram(6 << 30), &[]);
         assert_eq!(map[2], range(0x10_0000, 0xc000_0000, MemoryKind::Ram));
-        assert_eq!(map[3], range(1 << 32, (1 << 32) + (3 << 30), MemoryKind::Ram));
-        assert_eq!(map.len(), 4);
+        assert_eq!(map[3], range(0xe000_0000, 0xf000_0000, MemoryKind::Reserved));
+        assert_eq!(map[4], range(1 << 32, (1 << 32) + (3 << 30), MemoryKind::Ram));
+        assert_eq!(map.len(), 5);
     }
 }

@@ -77,12 +77,13 @@ fn linux_is_unpacked_and_entered_at_its_64_bit_entry() {
     let (image, size) = (u32_in(&ram, params + 0x218), u32_in(&ram, params + 0x21c));
     assert_eq!(bytes(&ram, image.into(), size as usize), b"0707initrd");
     assert_eq!(text(&ram, u32_in(&ram, params + 0x228).into()), "console=ttyS0");
-    assert_eq!(bytes(&ram, params + 0x1e8, 1), [3], "e820_entries");
-    let e820: Vec<_> = (0..3)
+    assert_eq!(bytes(&ram, params + 0x1e8, 1), [4], "e820_entries");
+    let e820: Vec<_> = (0..4)
         .map(|i| params + 0x2d0 + 20 * i)
         .map(|at| (u64_in(&ram, at), u64_in(&ram, at + 8), u32_in(&ram, at + 16)))
         .collect();
-    assert_eq!(e820, [(0, 0x9_fc00, 1), (0x9_fc00, 0x6_0400, 2), (MIB, 63 * MIB, 1)]);
+    let ecam = (0xe000_0000, 256 * MIB, 2);
+    assert_eq!(e820, [(0, 0x9_fc00, 1), (0x9_fc00, 0x6_0400, 2), (MIB, 63 * MIB, 1), ecam]);
 }
 
 #[test]
@@ -241,7 +242,7 @@ fn pvh_start_info() {
     assert_eq!(text(&ram, u64_in(&ram, info + 24)), "console=ttyS0");
     assert_eq!(u64_in(&ram, info + 32), 0xe_0000, "rsdp_paddr");
     let (map, entries) = (u64_in(&ram, info + 40), u32_in(&ram, info + 48));
-    assert_eq!((entries, u64_in(&ram, map + 8), u32_in(&ram, map + 16)), (3, 0x9_fc00, 1));
+    assert_eq!((entries, u64_in(&ram, map + 8), u32_in(&ram, map + 16)), (4, 0x9_fc00, 1));
     assert_eq!(bytes(&ram, u64_in(&ram, list), 5), b"first");
     assert_eq!((u64_in(&ram, list + 8), u64_in(&ram, list + 16)), (5, 0));
     assert_eq!(bytes(&ram, u64_in(&ram, list + 32), 6), b"second");
@@ -274,7 +275,7 @@ fn multiboot_information() {
     assert_eq!(text(&ram, u32_in(&ram, list + 8).into()), "a x=1");
     assert_eq!(text(&ram, u32_in(&ram, list + 24).into()), "b");
     let (len, map) = (u32_in(&ram, info + 44), u64::from(u32_in(&ram, info + 48)));
-    assert_eq!((len, u32_in(&ram, map), u64_in(&ram, map + 12)), (3 * 24, 20, 0x9_fc00));
+    assert_eq!((len, u32_in(&ram, map), u64_in(&ram, map + 12)), (4 * 24, 20, 0x9_fc00));
     assert_eq!(text(&ram, u32_in(&ram, info + 64).into()), "nestvmm");
 }
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The first process of the demonstration guests, L1 and L2: mounts what programs expect, loads
-# KVM where the CPU has virtualization, and then does one of three things: it serves
+# drivers, and KVM where the CPU has virtualization, and then does one of three things: it serves
 # `nestvmm run --exec`, or runs a command of the kernel command line, or gives a shell on the
 # console. When that ends, the machine is powered off.
 
@@ -23,6 +23,20 @@ read -r host </etc/hostname
 level=L${host#l}
 hostname "$host"
 ip link set lo up 2>/dev/null
+
+# Drivers of the PCI devices that are there, as far as they are modules.
+for device in /sys/bus/pci/devices/*; do
+    read -r vendor <"$device/vendor" && read -r id <"$device/device" && read -r class <"$device/class"
+    case $vendor:$id:$class in
+    0x1af4:0x1042:*) drivers="virtio_pci virtio_blk" ;;
+    0x1af4:0x1044:*) drivers="virtio_pci virtio_rng" ;;
+    *:0x010802) drivers=nvme ;;
+    *) continue ;;
+    esac
+    for driver in $drivers; do
+        modprobe "$driver" 2>/dev/null
+    done
+done
 
 # Without VMX or SVM the modules would only complain, so they are not tried.
 if grep -qw vmx /proc/cpuinfo; then

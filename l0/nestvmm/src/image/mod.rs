@@ -39,6 +39,8 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 loglevel=4";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 /// The modules that an L1 needs to be a hypervisor.
 const KVM_MODULES: [&str; 4] = ["kvm", "kvm_intel", "kvm_amd", "irqbypass"];
+/// The drivers of the machine's devices; kernels may have them built in.
+const DEVICE_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_rng", "nvme"];
 /// Largest input file, in bytes.
 const FILE_MAX: u64 = 1 << 30;
 
@@ -185,7 +187,7 @@ impl KernelSource<'_> {
     }
 
     fn wanted(&self) -> Vec<&str> {
-        KVM_MODULES.into_iter().chain(self.modules.iter().map(String::as_str)).collect()
+        KVM_MODULES.into_iter().chain(DEVICE_MODULES).chain(self.modules.iter().map(String::as_str)).collect()
     }
 }
 
@@ -330,10 +332,12 @@ fn write_image(options: &BuildOptions, kernel: &Kernel, initrd: &[u8]) -> std::i
 }
 
 fn module_notice(level: &str, kernel: &Kernel) -> Option<String> {
-    if kernel.modules.missing.is_empty() {
+    let missing: Vec<&str> = kernel.modules.missing.iter().map(String::as_str).collect();
+    let missing: Vec<&str> = missing.into_iter().filter(|m| !DEVICE_MODULES.contains(m)).collect();
+    if missing.is_empty() {
         return None;
     }
-    let missing = kernel.modules.missing.join(", ");
+    let missing = missing.join(", ");
     Some(format!("no module file for {missing}: {level} has {missing} only if the kernel has it built in"))
 }
 
