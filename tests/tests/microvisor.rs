@@ -415,6 +415,9 @@ fn bench_exits_compares_the_modes() {
             assert_eq!(measured(m, name)["exits"][0]["count"], ROUNDS, "{name}");
             let parts = ["l0_ns", "l1_ns", "l2_ns"].map(|level| median(m, name, level));
             assert!(parts.iter().all(|ns| *ns > 0), "{name}: {parts:?}");
+            let caused = &measured(m, name)["exits"][0]["caused"];
+            let resume = caused.as_array().expect("a list").iter().find(|c| c["reason"] == "VMRESUME");
+            assert_eq!(resume.map(|c| &c["mean"]), Some(&1.0.into()), "{name}: {caused}");
         }
     }
     // The statistics of the same benchmark agree; what comes before the rounds is the same however many follow.

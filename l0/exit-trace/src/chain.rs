@@ -6,16 +6,14 @@ use crate::record::{Event, Exit, Level};
 use crate::summary::VmcsAccesses;
 
 /// An exit of L2 with all that it caused. Times are in nanoseconds, without waiting for interrupts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
     /// The exit of L2.
     pub exit: Exit,
-    /// How often L0 was entered: this exit, unless L0 made it itself, and L1's because of it.
-    pub l0_entries: u64,
+    /// The exits of L1 because of it, in order.
+    pub caused: Vec<ExitReason>,
     /// L1's VMREADs and VMWRITEs that did not exit.
     pub untrapped: VmcsAccesses,
-    /// Those that did.
-    pub trapped: VmcsAccesses,
     /// L0's time.
     pub l0_ns: u64,
     /// L1's time.
@@ -28,22 +26,35 @@ impl Chain {
     fn new(exit: Exit) -> Self {
         Self {
             exit,
-            l0_entries: u64::from(!exit.synthesized),
+            caused: Vec::new(),
             untrapped: VmcsAccesses::default(),
-            trapped: VmcsAccesses::default(),
             l0_ns: exit.l0_ns,
             l1_ns: 0,
             l2_ns: exit.guest_ns,
         }
     }
 
+    /// How often L0 was entered: the exit itself, unless L0 made it, and those of L1.
+    pub fn l0_entries(&self) -> u64 {
+        u64::from(!self.exit.synthesized) + self.caused.len() as u64
+    }
+
+    /// How many exits of L1 for `reason` it caused.
+    pub fn caused_exits(&self, reason: ExitReason) -> u64 {
+        self.caused.iter().filter(|r| **r == reason).count() as u64
+    }
+
+    /// L1's VMREADs and VMWRITEs that exited.
+    pub fn trapped(&self) -> VmcsAccesses {
+        let [vmreads, vmwrites] = [ExitReason::Vmread, ExitReason::Vmwrite].map(|r| self.caused_exits(r));
+        VmcsAccesses { vmreads, vmwrites }
+    }
+
     /// Adds an exit of L1.
     fn add(&mut self, exit: &Exit) {
-        self.l0_entries += 1;
+        self.caused.push(exit.reason);
         self.untrapped.vmreads += exit.accesses.vmreads;
         self.untrapped.vmwrites += exit.accesses.vmwrites;
-        self.trapped.vmreads += u64::from(exit.reason == ExitReason::Vmread);
-        self.trapped.vmwrites += u64::from(exit.reason == ExitReason::Vmwrite);
         self.l0_ns = self.l0_ns.saturating_add(exit.l0_ns);
         self.l1_ns = self.l1_ns.saturating_add(exit.guest_ns);
     }
@@ -115,10 +126,11 @@ mod tests {
             l1(ExitReason::Vmresume, 1, 4),
             l2(5),
         ]);
-        let [chain] = all[..] else { panic!("{all:?}") };
-        assert_eq!((chain.exit.number, chain.l0_entries), (1, 4));
+        let [chain] = &all[..] else { panic!("{all:?}") };
+        assert_eq!((chain.exit.number, chain.l0_entries()), (1, 4));
         assert_eq!(chain.untrapped, VmcsAccesses { vmreads: 6, vmwrites: 3 });
-        assert_eq!(chain.trapped, VmcsAccesses { vmreads: 1, vmwrites: 1 });
+        assert_eq!(chain.caused, [ExitReason::Vmread, ExitReason::Vmwrite, ExitReason::Vmresume]);
+        assert_eq!(chain.trapped(), VmcsAccesses { vmreads: 1, vmwrites: 1 });
         assert_eq!((chain.l0_ns, chain.l1_ns, chain.l2_ns), (7 + 9, 30, 100));
     }
 
@@ -137,6 +149,6 @@ mod tests {
         let Event::Exit(made) = l2(1) else { unreachable!() };
         let made = Event::Exit(Exit { synthesized: true, ..made });
         let all = chains(&[made, l1(ExitReason::Vmresume, 1, 0), l2(3)]);
-        assert_eq!(all[0].l0_entries, 1);
+        assert_eq!(all[0].l0_entries(), 1);
     }
 }

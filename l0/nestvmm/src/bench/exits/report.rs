@@ -1,5 +1,6 @@
 //! What was measured, as `--json` writes it. Times are in nanoseconds.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use exit_trace::Chain;
@@ -112,6 +113,8 @@ pub struct Kind {
     pub count: u64,
     /// How often L0 is entered for one: exit multiplication.
     pub l0_entries: Distribution,
+    /// The exits of L1 that are among them, the most frequent first.
+    pub caused: Vec<Caused>,
     /// L1's VMREADs for one, with exits and without.
     pub vmreads: Distribution,
     /// How many of them exit.
@@ -128,6 +131,15 @@ pub struct Kind {
     pub l2_ns: Distribution,
     /// All three.
     pub total_ns: Distribution,
+}
+
+/// Exits of L1 for one reason because of one exit of L2.
+#[derive(Clone, Debug, Serialize)]
+pub struct Caused {
+    /// The reason.
+    pub reason: &'static str,
+    /// How many, on average.
+    pub mean: f64,
 }
 
 /// Of one number for each exit.
@@ -207,11 +219,12 @@ impl Kind {
             reason: reason.name(),
             forwarded,
             count: chains.len() as u64,
-            l0_entries: of(|c| c.l0_entries),
-            vmreads: of(|c| c.trapped.vmreads + c.untrapped.vmreads),
-            trapped_vmreads: of(|c| c.trapped.vmreads),
-            vmwrites: of(|c| c.trapped.vmwrites + c.untrapped.vmwrites),
-            trapped_vmwrites: of(|c| c.trapped.vmwrites),
+            l0_entries: of(Chain::l0_entries),
+            caused: caused(chains),
+            vmreads: of(|c| c.trapped().vmreads + c.untrapped.vmreads),
+            trapped_vmreads: of(|c| c.trapped().vmreads),
+            vmwrites: of(|c| c.trapped().vmwrites + c.untrapped.vmwrites),
+            trapped_vmwrites: of(|c| c.trapped().vmwrites),
             l0_ns: of(|c| c.l0_ns),
             l1_ns: of(|c| c.l1_ns),
             l2_ns: of(|c| c.l2_ns),
@@ -225,6 +238,17 @@ impl Kind {
     }
 }
 
+fn caused(chains: &[&Chain]) -> Vec<Caused> {
+    let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for reason in chains.iter().flat_map(|c| &c.caused) {
+        *counts.entry(reason.name()).or_default() += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+    let mean = |n| n as f64 / chains.len().max(1) as f64;
+    counts.into_iter().map(|(reason, n)| Caused { reason, mean: mean(n) }).collect()
+}
+
 #[cfg(test)]
 pub mod tests {
     use exit_trace::{Exit, Level, VmcsAccesses};
@@ -233,11 +257,11 @@ pub mod tests {
 
     /// An exit of L2 that took so long in L0, L1 and L2.
     pub fn chain(reason: ExitReason, forwarded: bool, [l0_ns, l1_ns, l2_ns]: [u64; 3]) -> Chain {
+        use ExitReason::{Rdmsr, Vmread, Vmresume, Vmwrite};
         Chain {
             exit: Exit { forwarded: forwarded.then_some(reason), ..Exit::new(Level::L2, reason) },
-            l0_entries: if forwarded { 5 } else { 1 },
+            caused: if forwarded { vec![Vmread, Rdmsr, Vmwrite, Vmresume] } else { Vec::new() },
             untrapped: VmcsAccesses { vmreads: 2, vmwrites: 0 },
-            trapped: VmcsAccesses { vmreads: 3, vmwrites: 1 },
             l0_ns,
             l1_ns,
             l2_ns,
@@ -266,8 +290,10 @@ pub mod tests {
         assert_eq!(b.other_exits, 1);
         let [touched, filled] = &b.exits[..] else { panic!("{b:?}") };
         assert_eq!((touched.count, touched.forwarded, touched.reason), (10, true, "EPT_VIOLATION"));
-        assert_eq!((touched.vmreads.median, touched.trapped_vmreads.median), (5, 3));
+        assert_eq!((touched.vmreads.median, touched.trapped_vmreads.median), (3, 1));
         assert_eq!((touched.vmwrites.median, touched.trapped_vmwrites.median), (1, 1));
+        let caused: Vec<_> = touched.caused.iter().map(|c| (c.reason, c.mean)).collect();
+        assert_eq!(caused, [("MSR_READ", 1.0), ("VMREAD", 1.0), ("VMRESUME", 1.0), ("VMWRITE", 1.0)]);
         assert_eq!((touched.l0_ns.median, touched.l0_ns.p90, touched.total_ns.p99), (500, 900, 1110));
         assert_eq!((filled.count, filled.forwarded, filled.l0_entries.median), (9, false, 1));
         // Nine of ten rounds have both exits.
