@@ -161,7 +161,10 @@ impl Runner<'_> {
         let mut trace = Trace::new(file).map_err(unreadable)?;
         let sections = measure::sections(&mut trace, marks).map_err(unreadable)?;
         let said = console::read(&finished.output);
-        let benchmarks = join(said, &sections).map_err(|e| Failure::host(format!("{mode}: {e}")))?;
+        let benchmarks = join(said, &sections).map_err(|e| {
+            let errors = finished.errors.trim_end();
+            Failure::host(format!("{mode}: {e}{}{errors}", if errors.is_empty() { "" } else { "\n" }))
+        })?;
         Ok(report::Measured { mode, benchmarks })
     }
 
@@ -213,10 +216,14 @@ fn access_name(access: VmcsAccessChoice) -> &'static str {
 fn join(said: Vec<Said>, sections: &[Vec<exit_trace::Chain>]) -> Result<Vec<Benchmark>, String> {
     let expected = said.iter().filter(|s| s.measured().is_some()).count();
     if expected != sections.len() {
+        let remedy = if sections.is_empty() {
+            "did no L2 run, or is the image's nestvmm an older one?"
+        } else {
+            "the trace is too long; give fewer --rounds"
+        };
+        let there = sections.len();
         return Err(format!(
-            "the guest measured {expected} benchmarks, and {} are in its exit trace; if there are fewer, give fewer \
-             --rounds, else an image whose nestvmm is this one",
-            sections.len()
+            "the guest measured {expected} benchmarks, and its exit trace has exits of L2 for {there}: {remedy}"
         ));
     }
     let mut sections = sections.iter();
@@ -269,6 +276,8 @@ mod tests {
         let joined = join(said, &[Vec::new()]).expect("as many");
         assert_eq!(joined.iter().map(|b| b.skipped.is_some()).collect::<Vec<_>>(), [false, true]);
         let said = console::read("bench cpuid 3 1 2 3 4 ns\n");
-        assert!(join(said, &[]).expect_err("one is missing").contains("fewer --rounds"));
+        assert!(join(said.clone(), &[]).expect_err("all are missing").contains("did no L2 run"));
+        let two = [said.clone(), said].concat();
+        assert!(join(two, &[Vec::new()]).expect_err("one is missing").contains("fewer --rounds"));
     }
 }
