@@ -191,9 +191,16 @@ impl Runner<'_> {
                 if !chosen.is_empty() {
                     command.push_str(&format!(" --exactly {chosen}"));
                 }
-                if mode.mmu == MmuChoice::ShadowOnEpt {
-                    command = format!("rmmod kvm_intel && modprobe kvm_intel ept=0 && {command}");
-                }
+                let (reload, ept) = match mode.mmu {
+                    MmuChoice::Ept => ("", "Y"),
+                    MmuChoice::ShadowOnEpt => ("rmmod kvm_intel && modprobe kvm_intel ept=0 && ", "N"),
+                };
+                // In case that KVM decides otherwise, for the kernel's command line or for the processor.
+                let parameter = "/sys/module/kvm_intel/parameters/ept";
+                let refuse =
+                    format!("echo \"KVM's parameter ept is $(cat {parameter}), not {ept}\" >&2; exit 1");
+                let check = format!("{{ grep -q {ept} {parameter} || {{ {refuse}; }}; }}");
+                let command = format!("{reload}{check} && {command}");
                 let image = self.args.image.as_deref().unwrap_or(Path::new(""));
                 let image = image.to_str().ok_or_else(|| {
                     Failure::usage(format!("{}: is not UTF-8; use another name", image.display()))
