@@ -2,11 +2,13 @@
 //!
 //! The fuzz targets in `fuzz/` and the bounded runs in this crate's tests share them.
 
+mod pci;
 mod vmx_program;
 
 use std::io::Cursor;
 use std::sync::Arc;
 
+pub use pci::pci;
 pub use vmx_program::vmx;
 
 use engine::{Engine, EngineVmcs, ExitBus, GuestRegs, Segment, Vcpu, VmExit};
@@ -237,7 +239,7 @@ pub fn devices(data: &[u8]) {
         0x20, 0xa0, 0x40, 0x43, 0x60, 0x64, 0x70, 0x71, 0x3f8, 0x3fa, 0x4d0, 0x510, 0x600, 0xcf8, 0xcf9,
         0x2000,
     ];
-    const PAGES: [u64; 4] = [0xfec0_0000, 0xfee0_0000, 0xff00_0000, 0xfee0_0300];
+    const PAGES: [u64; 4] = [0xfec0_0000, 0xfee0_0000, 0xff00_0000, 0xe000_0000];
     let clock = Arc::new(ManualClock::default());
     let config = PcConfig {
         cpus: 2,

@@ -66,6 +66,14 @@ fn random_device_accesses() {
     }
 }
 
+/// Drivers that do anything to PCI devices. Enough of their requests are done that more than refusals is tried.
+#[test]
+fn random_pci_drivers() {
+    let mut r = Random(0x6e76_6d65);
+    let done: u64 = (0..150).map(|_| fuzz::pci(&r.bytes(6000))).sum();
+    assert!(done > 500, "{done} requests were done");
+}
+
 /// Damaged kernels of every format: an error, never a panic.
 #[test]
 fn random_kernels() {

@@ -3,9 +3,10 @@
 //! | Device | What |
 //! |---|---|
 //! | 00:00.0 | host bridge |
-//! | 00:01.0 … | disks (virtio), in the order given; then the entropy device |
+//! | 00:01.0 … | disks (virtio), in the order given; then the entropy device; then root ports |
+//! | 01:00.0, 02:00.0 … | NVMe controllers, each behind a root port of its own |
 //!
-//! INTA of root-bus device *n* is I/O APIC pin 16 + *n* mod 8.
+//! INTA of root-bus device *n*, and of what is behind it, is I/O APIC pin 16 + *n* mod 8.
 //!
 //! Not supported: interrupt wires for systems that use the 8259s, adding and removing devices while the machine runs.
 
@@ -13,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 
 use devices::disk::Storage;
+use devices::nvme;
 use devices::pci::{Endpoint, PciRoot, PciWindows, SharedWire};
 use devices::virtio::block::Block;
 use devices::virtio::pci::{Wiring, endpoint};
@@ -50,6 +52,8 @@ pub struct PciDevices {
     pub disks: Vec<Disk>,
     /// Whether there is an entropy device.
     pub rng: bool,
+    /// NVMe controllers with a namespace each.
+    pub nvme: Vec<Disk>,
 }
 
 /// PCI devices could not be made.
@@ -85,11 +89,11 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    fn wiring(&self) -> Wiring {
+    fn wiring(&self, behind_port: bool) -> Wiring {
         let line = wire_of(self.next);
         let wire = self.wires.get((line - FIRST_WIRE) as usize).cloned();
         let dma = |requester| DeviceDma::new(self.ram.clone(), self.space.clone(), requester);
-        Wiring::new(dma, self.sink.clone(), wire.map(|w| (w, line as u8)), false)
+        Wiring::new(dma, self.sink.clone(), wire.map(|w| (w, line as u8)), behind_port)
     }
 
     /// Puts what `make` makes into the next slot of the root bus.
@@ -98,7 +102,18 @@ impl Slots<'_> {
         root: &PciRoot,
         make: impl FnOnce(Wiring) -> io::Result<Endpoint>,
     ) -> Result<(), PciError> {
-        root.add(self.next, make(self.wiring())?);
+        root.add(self.next, make(self.wiring(false))?);
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Puts a root port with what `make` makes into the next slot.
+    fn add_behind_port(
+        &mut self,
+        root: &PciRoot,
+        make: impl FnOnce(Wiring) -> io::Result<Endpoint>,
+    ) -> Result<(), PciError> {
+        root.add_behind_port(self.next, make(self.wiring(true))?);
         self.next += 1;
         Ok(())
     }
@@ -115,7 +130,7 @@ pub(crate) fn build(
 ) -> Result<PciRoot, PciError> {
     let root = PciRoot::new(windows);
     let Some(devices) = devices else { return Ok(root) };
-    let count = devices.disks.len() + usize::from(devices.rng);
+    let count = devices.disks.len() + usize::from(devices.rng) + devices.nvme.len();
     if count >= SLOTS.into() {
         return Err(PciError::TooMany(count));
     }
@@ -133,6 +148,11 @@ pub(crate) fn build(
     }
     if devices.rng {
         slots.add(&root, |wiring| endpoint("rng", Box::new(Rng), wiring))?;
+    }
+    for (i, disk) in devices.nvme.iter().enumerate() {
+        slots.add_behind_port(&root, |wiring| {
+            nvme::endpoint(&format!("nvme{i}"), disk.storage.clone(), &disk.serial, wiring)
+        })?;
     }
     root.assign();
     Ok(root)

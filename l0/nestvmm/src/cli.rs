@@ -518,6 +518,9 @@ pub struct RunArgs {
     /// repeated
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     pub disks: Vec<DiskFile>,
+    /// Add an NVMe disk that is FILE, as --disk does
+    #[arg(long = "nvme", value_name = "FILE[,ro]")]
+    pub nvme: Vec<DiskFile>,
     /// Show the guest the disk image that it is booted from as its first disk
     #[arg(long, value_enum, default_value_t = ImageDisk::Ro)]
     pub image_disk: ImageDisk,

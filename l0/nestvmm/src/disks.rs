@@ -13,20 +13,32 @@ use machine::pci::Disk;
 use crate::cli::{DiskFile, ImageDisk, RunArgs};
 use crate::status::Failure;
 
-/// The disks of a run: that of the image first, if there is one.
+/// The disks of a run.
+#[derive(Default)]
+pub struct Disks {
+    /// Virtio disks: that of the image first, if there is one.
+    pub virtio: Vec<Disk>,
+    /// NVMe disks.
+    pub nvme: Vec<Disk>,
+}
+
+/// Opens the disks of a run.
 ///
 /// # Errors
 /// [`Failure`] for a file that can't be a disk.
-pub fn open(args: &RunArgs) -> Result<Vec<Disk>, Failure> {
+pub fn open(args: &RunArgs) -> Result<Disks, Failure> {
     let image = args.image.as_deref().filter(|_| args.image_disk != ImageDisk::Off);
-    let mut disks = Vec::new();
+    let mut disks = Disks::default();
     if let Some(path) = image
         && image::detect(path).map_err(Failure::input)? == ImageKind::Disk
     {
-        disks.push(open_disk(path, args.image_disk == ImageDisk::Ro, "image")?);
+        disks.virtio.push(open_disk(path, args.image_disk == ImageDisk::Ro, "image")?);
     }
     for (i, DiskFile { path, read_only }) in args.disks.iter().enumerate() {
-        disks.push(open_disk(path, *read_only, &format!("disk{i}"))?);
+        disks.virtio.push(open_disk(path, *read_only, &format!("disk{i}"))?);
+    }
+    for (i, DiskFile { path, read_only }) in args.nvme.iter().enumerate() {
+        disks.nvme.push(open_disk(path, *read_only, &format!("nvme{i}"))?);
     }
     Ok(disks)
 }

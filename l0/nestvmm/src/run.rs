@@ -12,7 +12,7 @@ use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
 use machine::image::ImageKind;
-use machine::pci::{Disk, PciDevices, PciError};
+use machine::pci::{PciDevices, PciError};
 use machine::{Pc, PcConfig, PcError, acpi, image};
 use memory::{MachineMemory, RamLayout};
 use tracing_subscriber::EnvFilter;
@@ -22,7 +22,7 @@ use crate::cli::{
 };
 use crate::console::{Console, Output};
 use crate::crash;
-use crate::disks;
+use crate::disks::{self, Disks};
 use crate::exec::NO_STATUS;
 use crate::exec::host::Exec;
 use crate::session::{Running, Session};
@@ -103,7 +103,7 @@ enum End {
 fn run_machines(
     args: &RunArgs,
     files: &BootFiles,
-    disks: &[Disk],
+    disks: &Disks,
     output: &Output,
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
@@ -172,7 +172,7 @@ fn boot_once<E: Engine + 'static>(
     new_engine: impl FnOnce(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
     args: &RunArgs,
     files: &BootFiles,
-    disks: &[Disk],
+    disks: &Disks,
     output: &Output,
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
@@ -203,7 +203,8 @@ fn boot_once<E: Engine + 'static>(
         console: Box::new(output.clone()),
         devices: Some(PciDevices {
             ram: builder.ram().clone(),
-            disks: disks.to_vec(),
+            disks: disks.virtio.clone(),
+            nvme: disks.nvme.clone(),
             rng: args.rng == OnOff::On,
         }),
         channel: exec.map(|e| -> Box<dyn io::Write + Send> { Box::new(e.port(session)) }),

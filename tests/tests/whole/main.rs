@@ -2,6 +2,7 @@
 
 mod boot;
 mod demo;
+mod disks;
 mod docs;
 mod exec;
 mod input;
