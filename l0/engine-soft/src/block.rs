@@ -5,6 +5,7 @@
 //! the link of the block before (same page only), the jump cache (by RIP), and the table (by
 //! machine address). Writes to bytes that are decoded drop the blocks that hold them.
 
+use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,6 +28,7 @@ pub const MODE_SINGLE: u8 = 0x80;
 
 /// A cached guess of the block that follows.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Link {
     /// The block.
     pub block: *const Block,
@@ -41,6 +43,13 @@ pub struct Block {
     pub ops: Box<[Op]>,
     /// Where execution went from here: \[0\] falling through, \[1\] the branch taken.
     pub links: [Link; 2],
+    /// Address of its translated code, or of the stub that leaves translated code
+    /// ([`crate::translate`]).
+    pub native: Cell<usize>,
+    /// Ops that the translated code calls handlers with.
+    pub calls: OnceCell<Vec<Op>>,
+    /// How often it was interpreted.
+    pub heat: Cell<u32>,
     /// Length in bytes.
     pub len: u16,
     /// Instructions.
@@ -101,13 +110,18 @@ pub struct NewBlock {
     pub second_page: Option<u64>,
 }
 
+/// An entry of the jump cache: the block last found at an address.
 #[derive(Clone, Copy)]
-struct Jump {
-    rip: u64,
+#[repr(C)]
+pub struct Jump {
+    /// RIP.
+    pub rip: u64,
     /// TLB context and block mode.
-    key: u64,
-    epoch: u64,
-    block: *const Block,
+    pub key: u64,
+    /// [`crate::mmu::Mmu::fetch_epoch`] when it was found.
+    pub epoch: u64,
+    /// The block.
+    pub block: *const Block,
 }
 
 #[derive(Default)]
@@ -131,6 +145,8 @@ pub struct BlockCache {
     pub decoded: u64,
     /// Blocks dropped because their code was written.
     pub dropped: u64,
+    /// [`Block::native`] of blocks that are not translated.
+    pub untranslated: usize,
 }
 
 fn lines(offset: u64, len: u64) -> u64 {
@@ -151,6 +167,7 @@ impl Default for BlockCache {
             generation: 1,
             decoded: 0,
             dropped: 0,
+            untranslated: 0,
         }
     }
 }
@@ -161,8 +178,16 @@ impl BlockCache {
         (h >> 48) as usize & (TABLE - 1)
     }
 
+    /// Mask of an index into the jump cache.
+    pub(crate) const JUMP_MASK: usize = JUMPS - 1;
+
     fn jump_index(rip: u64) -> usize {
-        (rip ^ rip >> 12) as usize & (JUMPS - 1)
+        (rip ^ rip >> 12) as usize & Self::JUMP_MASK
+    }
+
+    /// The jump cache; it stays where it is.
+    pub(crate) fn jumps(&self) -> *const Jump {
+        self.jumps.as_ptr()
     }
 
     /// The block last found for this RIP, if nothing changed since.
@@ -205,6 +230,9 @@ impl BlockCache {
             count: new.count,
             ops: new.ops.into(),
             links: [none; 2],
+            native: Cell::new(self.untranslated),
+            calls: OnceCell::new(),
+            heat: Cell::new(0),
             len: new.len,
             mode: new.mode,
             valid: true,

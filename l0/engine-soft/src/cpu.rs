@@ -19,6 +19,7 @@ use x86_spec::{exception, exception::pf};
 use crate::block::{Block, BlockCache, WrittenPages};
 use crate::mmu::Mmu;
 use crate::thunk::ThunkCache;
+use crate::translate::Translator;
 
 /// Slot of [`Cpu::regs`] that always holds zero (absent base or index).
 pub const SLOT_ZERO: usize = 16;
@@ -223,6 +224,8 @@ pub struct Cpu {
     pub requests: Arc<crate::Requests>,
     /// Decoded code.
     pub blocks: BlockCache,
+    /// Blocks as host code.
+    pub translator: Translator,
     /// Code generated for instructions that the host's own units execute.
     pub thunks: ThunkCache,
     /// Machine memory.

@@ -5,8 +5,8 @@ use memory::MachineAddr;
 use x86_spec::segment::seg;
 
 use crate::block::{Block, MODE_SINGLE, NewBlock};
-use crate::cpu::{CodeSize, Cpu, Exec, SLOT_ZERO};
-use crate::op::{Op, SimpleFn, SimpleKind, simple_end, simple_next};
+use crate::cpu::{CodeSize, Cpu, Exec};
+use crate::op::{Op, blank, SimpleFn, SimpleKind, simple_end, simple_next};
 use crate::ops::{self, Flow};
 use crate::{system, thunk};
 
@@ -143,6 +143,7 @@ impl Cpu {
         let memory = self.memory.clone();
         self.blocks.clear(&memory);
         self.thunks.clear();
+        self.translator.clear();
         self.block = std::ptr::null();
         self.link_from = std::ptr::null();
         self.mmu.fetch_epoch += 1;
@@ -236,25 +237,7 @@ fn start_anew(cpu: &mut Cpu, _: &Instruction) -> Exec {
 }
 
 fn blank_op(i: &Instruction, number: usize) -> Op {
-    Op {
-        run: simple_end,
-        disp: 0,
-        imm: 0,
-        insn: std::ptr::null(),
-        data: 0,
-        dst: SLOT_ZERO as u8 * 8,
-        src: SLOT_ZERO as u8 * 8,
-        base: SLOT_ZERO as u8 * 8,
-        index: SLOT_ZERO as u8 * 8,
-        scale: 0,
-        segment: SLOT_ZERO as u8 * 8,
-        len: i.len() as u8,
-        number: number as u8,
-        offset: i.ip() as u16,
-        address_size: 8,
-        aux: 0,
-        stack: false,
-    }
+    Op { len: i.len() as u8, number: number as u8, offset: i.ip() as u16, ..blank() }
 }
 
 /// Decodes instructions until one can't be followed by others, the block is long enough, or the

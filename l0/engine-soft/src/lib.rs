@@ -7,6 +7,7 @@
 //! Not supported: see the head of each module; in short 5-level paging, protection keys,
 //! AVX-512, AMX, CET, SMM, hardware task switches beyond their VM exit.
 
+mod arena;
 pub mod block;
 pub mod cpu;
 mod decode;
@@ -17,6 +18,7 @@ pub mod ops;
 mod run;
 pub mod system;
 pub mod thunk;
+mod translate;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -148,6 +150,10 @@ impl Cpu {
     pub fn new(memory: Arc<MachineMemory>) -> Result<Box<Self>, EngineError> {
         let thunks = thunk::ThunkCache::new()
             .map_err(|source| EngineError::Host { call: "mapping thunk memory", source })?;
+        let translator = translate::Translator::new()
+            .map_err(|source| EngineError::Host { call: "mapping memory for translated code", source })?;
+        let mut blocks = BlockCache::default();
+        blocks.untranslated = translator.untranslated();
         let regs = GuestRegs::reset();
         let guest = engine::GuestState::default();
         let mut cpu = Box::new(Self {
@@ -209,7 +215,8 @@ impl Cpu {
             code_full: false,
             written_pages: Arc::new(WrittenPages::default()),
             requests: Arc::new(Requests::default()),
-            blocks: BlockCache::default(),
+            blocks,
+            translator,
             memory,
             shared: Arc::new(Shared::default()),
         });

@@ -34,7 +34,8 @@ const RESERVED_ADDR: u64 = 0x000f_ffff_ffff_ffff & !((1 << MAXPHYADDR) - 1);
 /// Physical address of the next table or page in an entry.
 const ENTRY_ADDR: u64 = 0x000f_ffff_ffff_f000;
 
-const TLB_ENTRIES: usize = 4096;
+/// Entries of the fast TLB.
+pub(crate) const TLB_ENTRIES: usize = 4096;
 const SECOND_ENTRIES: usize = 8192;
 const EPT_ENTRIES: usize = 1024;
 /// A tag that nothing matches: its context is never handed out.

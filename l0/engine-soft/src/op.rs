@@ -8,7 +8,7 @@
 use iced_x86::Instruction;
 
 use crate::block::Block;
-use crate::cpu::{Cpu, Exec, Reason};
+use crate::cpu::{Cpu, Exec, Reason, SLOT_ZERO};
 use x86_spec::exception;
 
 /// A handler. Returns the block to run next, or null to let the run loop look: after a
@@ -17,7 +17,7 @@ use x86_spec::exception;
 /// # Safety
 /// `op` points into the op array of `cpu.block`, and a handler that goes on to the next op is
 /// never the last one of its array.
-pub type Handler = unsafe fn(&mut Cpu, *const Op) -> *const Block;
+pub type Handler = unsafe extern "sysv64-unwind" fn(&mut Cpu, *const Op) -> *const Block;
 
 /// An instruction executed out of line. [`Cpu::ip`] is its address. In a handler
 /// installed as block end ([`SimpleKind::End`]), [`Cpu::rip`] is already the next instruction's
@@ -76,6 +76,30 @@ pub struct Op {
     pub stack: bool,
 }
 
+/// An op without operands.
+pub(crate) fn blank() -> Op {
+    const NONE: u8 = SLOT_ZERO as u8 * 8;
+    Op {
+        run: simple_end,
+        disp: 0,
+        imm: 0,
+        insn: std::ptr::null(),
+        data: 0,
+        dst: NONE,
+        src: NONE,
+        base: NONE,
+        index: NONE,
+        scale: 0,
+        segment: NONE,
+        len: 0,
+        number: 0,
+        offset: 0,
+        address_size: 8,
+        aux: 0,
+        stack: false,
+    }
+}
+
 /// Goes on to the next op.
 #[macro_export]
 macro_rules! next {
@@ -120,7 +144,7 @@ pub unsafe fn stopped(cpu: &mut Cpu, op: *const Op) -> *const Block {
 ///
 /// # Safety
 /// As [`Handler`]; `data` holds a [`SimpleFn`] and `insn` points to the block's instruction.
-pub unsafe fn simple_next(cpu: &mut Cpu, op: *const Op) -> *const Block {
+pub unsafe extern "sysv64-unwind" fn simple_next(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: decode installs this handler only together with a `SimpleFn` in `data`.
     unsafe {
         let o = &*op;
@@ -135,7 +159,7 @@ pub unsafe fn simple_next(cpu: &mut Cpu, op: *const Op) -> *const Block {
 ///
 /// # Safety
 /// As [`simple_next`].
-pub unsafe fn simple_end(cpu: &mut Cpu, op: *const Op) -> *const Block {
+pub unsafe extern "sysv64-unwind" fn simple_end(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: as in `simple_next`.
     unsafe {
         let o = &*op;

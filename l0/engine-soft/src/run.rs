@@ -47,17 +47,23 @@ impl Cpu {
             // SAFETY: `next` is a live block: links and jump-cache entries are void once a block is
             // dropped, and dropped blocks are freed only in `boundary`, which nulls `next`.
             let b = unsafe { &*next };
-            self.block = next;
-            self.icount += b.instructions() as u64;
-            if self.single {
-                if let Some(done) = self.run_alone(b) {
-                    return done;
+            let native = b.native.get() != self.blocks.untranslated || !self.single && self.warm(b);
+            next = if native {
+                // SAFETY: a live block; blocks that run alone are never translated.
+                unsafe { self.run_native(next) }
+            } else {
+                self.block = next;
+                self.icount += b.instructions() as u64;
+                if self.single {
+                    if let Some(done) = self.run_alone(b) {
+                        return done;
+                    }
+                    next = ptr::null();
+                    continue;
                 }
-                next = ptr::null();
-                continue;
-            }
-            // SAFETY: the first op of a live block, which is `self.block`.
-            next = unsafe { (b.ops.get_unchecked(0).run)(self, b.ops.as_ptr()) };
+                // SAFETY: the first op of a live block, which is `self.block`.
+                unsafe { (b.ops.get_unchecked(0).run)(self, b.ops.as_ptr()) }
+            };
             if next.is_null()
                 && self.reason != Reason::None
                 && let Some(exit) = self.settle()

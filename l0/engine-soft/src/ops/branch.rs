@@ -48,7 +48,7 @@ macro_rules! end_handler {
         ///
         /// # Safety
         /// As [`Handler`]; 64-bit mode.
-        pub(crate) unsafe fn $name $(<$($g)*>)? ($cpu: &mut Cpu, $op: *const Op) -> *const Block {
+        pub(crate) unsafe extern "sysv64-unwind" fn $name $(<$($g)*>)? ($cpu: &mut Cpu, $op: *const Op) -> *const Block {
             // SAFETY: the contract of `Handler`; register fields were made by `lower`.
             unsafe {
                 let $o = &*$op;
@@ -177,7 +177,7 @@ impl Cpu {
 }
 
 /// Size in bytes of the instruction pointer that a near branch writes.
-fn branch_size(i: &Instruction) -> u8 {
+pub(crate) fn branch_size(i: &Instruction) -> u8 {
     match i.op0_kind() {
         OpKind::NearBranch16 => 2,
         OpKind::NearBranch32 => 4,

@@ -40,7 +40,7 @@ pub(super) const fn condition(f: u16, code: u8) -> bool {
 }
 
 /// Encoding number of the instruction's condition.
-pub(super) fn condition_code(i: &Instruction) -> usize {
+pub(crate) fn condition_code(i: &Instruction) -> usize {
     (i.condition_code() as usize).wrapping_sub(1) & 15
 }
 
@@ -843,7 +843,7 @@ pub(super) fn lower(i: &Instruction, bits64: bool, op: &mut Op, form: AddrForm) 
     Some(Flow::Next)
 }
 
-fn is_setcc(m: Mnemonic) -> bool {
+pub(crate) fn is_setcc(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
@@ -865,7 +865,7 @@ fn is_setcc(m: Mnemonic) -> bool {
             | M::Setg
     )
 }
-fn is_cmovcc(m: Mnemonic) -> bool {
+pub(crate) fn is_cmovcc(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,

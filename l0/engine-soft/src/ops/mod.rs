@@ -6,8 +6,8 @@
 //! instructions) and [`crate::thunk`] (vector, x87 and rare integer instructions).
 
 pub mod alu;
-mod branch;
-mod misc;
+pub(crate) mod branch;
+pub(crate) mod misc;
 mod string;
 
 use std::ptr;
@@ -254,7 +254,7 @@ macro_rules! handler {
         ///
         /// # Safety
         /// As [`Handler`].
-        pub(crate) unsafe fn $name $(<$($g)*>)? ($cpu: &mut Cpu, $op: *const Op) -> *const Block {
+        pub(crate) unsafe extern "sysv64-unwind" fn $name $(<$($g)*>)? ($cpu: &mut Cpu, $op: *const Op) -> *const Block {
             // SAFETY: the contract of `Handler`; register fields were made by `lower`.
             unsafe {
                 let $o = &*$op;
@@ -521,8 +521,8 @@ pub(crate) fn operand_size(i: &Instruction, n: u32) -> u8 {
 }
 
 /// Operand kinds of a two-operand instruction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kinds {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kinds {
     RegReg,
     RegMem,
     RegImm,
@@ -547,7 +547,8 @@ fn is_imm(i: &Instruction, n: u32) -> bool {
             | OpKind::Immediate32to64
     )
 }
-fn kinds(i: &Instruction) -> Kinds {
+/// The kinds of the first two operands.
+pub(crate) fn kinds(i: &Instruction) -> Kinds {
     let mem = |n| i.op_kind(n) == OpKind::Memory;
     if i.op_count() < 2 {
         Kinds::Other

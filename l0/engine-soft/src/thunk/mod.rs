@@ -12,7 +12,6 @@
 //! Not supported: AVX-512, AMX, XOP, 3DNow!, SSE4A, MPX, and CR0.NE = 0 reporting of x87 errors
 //! through FERR# (they are always reported as #MF).
 
-mod arena;
 mod bcd;
 mod class;
 mod compile;
@@ -32,6 +31,7 @@ use iced_x86::{Code, Instruction, OpAccess, OpKind};
 use x86_spec::reg::{cr0, cr4};
 use x86_spec::{exception, reg::xcr0};
 
+use crate::arena::Arena;
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::{Handler, Op, SimpleFn, simple_next};
@@ -39,7 +39,6 @@ use crate::operand::{memory_segment, segment_index, size_mask};
 use crate::ops::op_linear;
 use crate::{attempt, next};
 
-use arena::Arena;
 use class::{AVX, Class, FP, MMX, SSE, VEX, X87, as_decoded_by_host, classify};
 use compile::{Compiler, has_memory, normalised};
 pub use features::supported_features;
@@ -47,6 +46,9 @@ pub use features::supported_features;
 /// A thunk: guest registers, vector and x87 state, the memory operand, status flags
 /// ([`Cpu::flags`]).
 type Thunk = unsafe extern "sysv64" fn(*mut u64, *mut FpuState, *mut u8, *mut u16);
+
+/// Bytes of thunks: one is 50 to 150 bytes and a booted Linux uses a few thousand forms.
+const ARENA_SIZE: usize = 2 << 20;
 
 /// What [`install`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +106,7 @@ impl ThunkCache {
     /// # Errors
     /// When the host refuses executable memory.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { arena: Arena::new()?, forms: HashMap::new(), compiler: Compiler::new(), generation: 0 })
+        Ok(Self { arena: Arena::new(c"nestvmm-thunks", ARENA_SIZE)?, forms: HashMap::new(), compiler: Compiler::new(), generation: 0 })
     }
 
     /// Drops all thunks. Blocks that were decoded before must not run any more.
@@ -276,7 +278,7 @@ fn rust_function(i: &Instruction) -> Option<SimpleFn> {
 ///
 /// # Safety
 /// As [`Handler`].
-unsafe fn nop(cpu: &mut Cpu, op: *const Op) -> *const Block {
+unsafe extern "sysv64-unwind" fn nop(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: the caller's contract: there is a next op.
     unsafe { next!(cpu, op) }
 }
@@ -285,7 +287,7 @@ unsafe fn nop(cpu: &mut Cpu, op: *const Op) -> *const Block {
 ///
 /// # Safety
 /// As [`Handler`]; `data` is the entry point of a live thunk of kind `K`.
-unsafe fn registers<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block {
+unsafe extern "sysv64-unwind" fn registers<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: the caller's contract; the thunk does not use its memory argument.
     unsafe {
         attempt!(cpu, op, check::<K>(cpu));
@@ -302,7 +304,7 @@ unsafe fn registers<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block {
 ///
 /// # Safety
 /// As [`registers`]; `aux` is the operand's size and `imm` its access.
-unsafe fn with_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block {
+unsafe extern "sysv64-unwind" fn with_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: the caller's contract; the pointer is valid for the operand's size.
     unsafe {
         let o = &*op;
@@ -325,7 +327,7 @@ unsafe fn with_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> *const Block
 ///
 /// # Safety
 /// As [`with_memory`].
-unsafe fn bit_string(cpu: &mut Cpu, op: *const Op) -> *const Block {
+unsafe extern "sysv64-unwind" fn bit_string(cpu: &mut Cpu, op: *const Op) -> *const Block {
     // SAFETY: the caller's contract. The thunk adds `offset` to the pointer it is given.
     unsafe {
         let o = &*op;
