@@ -15,8 +15,13 @@ use memory::{CodeWatcher, MachineMemory};
 
 use crate::op::Op;
 
-const TABLE: usize = 1 << 16;
-const JUMPS: usize = 1 << 12;
+const TABLE: usize = 1 << 18;
+/// Entries of the jump cache for one linear page, and pages: a page's entries are together, so that they
+/// can be dropped together.
+const JUMPS_OF_PAGE: usize = 1 << 7;
+const JUMP_PAGES: usize = 1 << 7;
+/// Dropped blocks that may wait to be freed. Then all links are void.
+const MAX_BURIED_LATER: usize = 1024;
 /// Ops that the cache may hold before it starts anew: about 100 bytes each with their
 /// instructions.
 const MAX_OPS: usize = 1_000_000;
@@ -56,8 +61,8 @@ pub struct Block {
     count: u8,
     /// Mode that it was decoded for ([`crate::cpu::Cpu::block_mode`]).
     pub mode: u8,
-    /// Still in the table.
-    pub valid: bool,
+    /// Still in the table. Others may be linked to it even so, until it is freed.
+    pub valid: Cell<bool>,
     /// Machine address.
     pub machine: u64,
     /// Machine page of the rest of an instruction that crosses a page.
@@ -139,7 +144,7 @@ pub struct BlockCache {
     /// Dropped blocks that may still be running.
     graveyard: Vec<*mut Block>,
     ops: usize,
-    /// Grows when any block is dropped; voids links.
+    /// Grows when blocks are freed; voids links.
     pub generation: u64,
     /// Blocks decoded so far.
     pub decoded: u64,
@@ -160,7 +165,7 @@ impl Default for BlockCache {
         let no = Jump { rip: 0, key: u64::MAX, epoch: 0, block: std::ptr::null() };
         Self {
             table: vec![std::ptr::null_mut(); TABLE].into(),
-            jumps: vec![no; JUMPS].into(),
+            jumps: vec![no; JUMPS_OF_PAGE * JUMP_PAGES].into(),
             pages: HashMap::new(),
             graveyard: Vec::new(),
             ops: 0,
@@ -175,14 +180,25 @@ impl Default for BlockCache {
 impl BlockCache {
     fn bucket(machine: u64, mode: u8) -> usize {
         let h = (machine ^ (mode as u64) << 50).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (h >> 48) as usize & (TABLE - 1)
+        (h >> (64 - TABLE.trailing_zeros())) as usize
     }
 
-    /// Mask of an index into the jump cache.
-    pub(crate) const JUMP_MASK: usize = JUMPS - 1;
-
+    /// Index into the jump cache: the page's part, then the address within.
+    ///
+    /// Translated code computes it too.
+    #[inline(always)]
     fn jump_index(rip: u64) -> usize {
-        (rip ^ rip >> 12) as usize & Self::JUMP_MASK
+        let page = rip >> Self::JUMP_PAGE_SHIFT & Self::JUMP_PAGE_MASK;
+        (page | (rip ^ rip >> 7) & Self::JUMP_OFFSET_MASK) as usize
+    }
+    pub(crate) const JUMP_PAGE_SHIFT: u8 = 12 - JUMPS_OF_PAGE.trailing_zeros() as u8;
+    pub(crate) const JUMP_PAGE_MASK: u64 = ((JUMP_PAGES - 1) * JUMPS_OF_PAGE) as u64;
+    pub(crate) const JUMP_OFFSET_MASK: u64 = JUMPS_OF_PAGE as u64 - 1;
+
+    /// Forgets the jump-cache entries of a linear page, of whatever context.
+    pub fn forget_jumps(&mut self, linear: u64) {
+        let first = (linear >> Self::JUMP_PAGE_SHIFT & Self::JUMP_PAGE_MASK) as usize;
+        self.jumps[first..first + JUMPS_OF_PAGE].iter_mut().for_each(|j| j.epoch = 0);
     }
 
     /// The jump cache; it stays where it is.
@@ -235,7 +251,7 @@ impl BlockCache {
             heat: Cell::new(0),
             len: new.len,
             mode: new.mode,
-            valid: true,
+            valid: Cell::new(true),
             machine: new.machine,
             second_page: new.second_page,
             _insns: new.insns,
@@ -282,11 +298,10 @@ impl BlockCache {
     }
 
     fn remove(&mut self, block: *mut Block) {
-        // SAFETY: the block is in the table, hence alive and not aliased mutably: the interpreter
-        // only holds raw pointers to it.
-        let b = unsafe { &mut *block };
-        b.valid = false;
-        self.generation += 1;
+        // SAFETY: the block is in the table, hence alive.
+        let b = unsafe { &*block };
+        b.valid.set(false);
+        b.native.set(self.untranslated);
         self.dropped += 1;
         self.ops -= b.ops.len();
         let mut at: *mut *mut Block = &mut self.table[Self::bucket(b.machine, b.mode)];
@@ -320,10 +335,20 @@ impl BlockCache {
         self.graveyard.push(block);
     }
 
-    /// Frees dropped blocks. Only between blocks.
-    pub fn bury(&mut self) {
+    /// Frees dropped blocks when there are many, which voids all links. Only between blocks. True if it
+    /// did: the jump cache has to be voided too.
+    pub fn bury(&mut self) -> bool {
+        let many = self.graveyard.len() > MAX_BURIED_LATER;
+        if many {
+            self.bury_all();
+        }
+        many
+    }
+
+    fn bury_all(&mut self) {
+        self.generation += 1;
         for b in self.graveyard.drain(..) {
-            // SAFETY: made by `Box::into_raw`, out of every list, and no block runs.
+            // SAFETY: made by `Box::into_raw`, out of every list; no link to it counts, and no block runs.
             drop(unsafe { Box::from_raw(b) });
         }
     }
@@ -341,10 +366,9 @@ impl BlockCache {
                 p = b.next_in_bucket;
             }
         }
-        self.bury();
+        self.bury_all();
         self.jumps.iter_mut().for_each(|j| j.epoch = 0);
         self.ops = 0;
-        self.generation += 1;
     }
 }
 

@@ -170,7 +170,8 @@ pub struct Mmu {
     /// Some address in the paths just taken was not canonical; [`crate::op::stopped`] turns #GP
     /// into #SS for stack-segment operands.
     pub noncanonical: bool,
-    /// Grows with every change that may affect where fetches go or what is decoded there.
+    /// Grows with every change that may affect where fetches go, but for changes that a new context
+    /// number or [`crate::block::BlockCache::forget_jumps`] takes care of.
     pub fetch_epoch: u64,
     mem_base: u64,
     mem_size: u64,
@@ -476,7 +477,7 @@ impl Cpu {
                 }
             }
         }
-        self.mmu.fetch_epoch += 1;
+        self.blocks.forget_jumps(linear);
     }
 
     /// Drops everything cached, of every space.

@@ -44,9 +44,16 @@ impl Cpu {
                     }
                 };
             }
-            // SAFETY: `next` is a live block: links and jump-cache entries are void once a block is
-            // dropped, and dropped blocks are freed only in `boundary`, which nulls `next`.
+            // SAFETY: `next` is there: links and jump-cache entries are void once blocks are freed, which
+            // happens only in `boundary`, which nulls `next`.
             let b = unsafe { &*next };
+            if !b.valid.get() {
+                // Linked to or jumped to, but dropped since.
+                self.blocks.generation += 1;
+                self.blocks.forget_jumps(self.rip());
+                next = ptr::null();
+                continue;
+            }
             let native = b.native.get() != self.blocks.untranslated || !self.single && self.warm(b);
             next = if native {
                 // SAFETY: a live block; blocks that run alone are never translated.
@@ -100,7 +107,9 @@ impl Cpu {
             self.code_full = false;
             self.drop_all_code();
         }
-        self.blocks.bury();
+        if self.blocks.bury() {
+            self.mmu.fetch_epoch += 1;
+        }
         if self.one_shot {
             self.single = true;
         } else {
@@ -165,7 +174,7 @@ impl Cpu {
         // SAFETY: both are live or wait in the graveyard until the next `boundary`, which would have
         // nulled `link_from`; no Rust reference to `from` is held while its link is written.
         unsafe {
-            if (*to).second_page.is_some() || !(*from).valid || (*to).mode & MODE_SINGLE != 0 {
+            if (*to).second_page.is_some() || !(*from).valid.get() || (*to).mode & MODE_SINGLE != 0 {
                 return;
             }
             let links = &raw mut (*from.cast_mut()).links;
@@ -211,7 +220,6 @@ impl Cpu {
         if self.blocks.drop_range(machine, len) {
             self.memory.set_code_page(machine >> 12, false);
         }
-        self.mmu.fetch_epoch += 1;
         Ok(())
     }
 

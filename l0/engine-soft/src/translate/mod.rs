@@ -139,9 +139,13 @@ impl Translator {
         // The index and the comparisons of `BlockCache::jump`.
         a.load(8, RSI, RIP);
         a.mov(8, RCX, RSI);
-        a.shift(5, 8, RCX, 12);
-        a.alu(Alu::Xor, 4, RCX, RSI);
-        a.alu_imm(Alu::And, 4, RCX, BlockCache::JUMP_MASK as i32);
+        a.shift(5, 8, RCX, BlockCache::JUMP_PAGE_SHIFT);
+        a.alu_imm(Alu::And, 4, RCX, BlockCache::JUMP_PAGE_MASK as i32);
+        a.mov(8, RDX, RSI);
+        a.shift(5, 8, RDX, 7);
+        a.alu(Alu::Xor, 4, RDX, RSI);
+        a.alu_imm(Alu::And, 4, RDX, BlockCache::JUMP_OFFSET_MASK as i32);
+        a.alu(Alu::Or, 4, RCX, RDX);
         a.shift(4, 4, RCX, size_of::<Jump>().trailing_zeros() as u8);
         a.alu(Alu::Add, 8, RCX, R15);
         a.load(1, RDX, MODE);
