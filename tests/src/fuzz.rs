@@ -152,7 +152,10 @@ fn guest_state(vmcs: &mut EngineVmcs, mode: u8) {
 pub fn cpu(data: &[u8]) {
     let mut b = Bytes(data);
     let memory = Arc::new(MachineMemory::new(MACHINE).expect("4 MiB of memory"));
-    let engine = SoftEngine::new(memory.clone()).expect("a host that runs the software engine");
+    // One in two inputs has each block translated at once.
+    let engine = SoftEngine::new(memory.clone())
+        .expect("a host that runs the software engine")
+        .with_translation_after(u32::from(b.u8() & 1));
     let mut vcpu = engine.create_vcpu().expect("a vCPU");
     build_tables(&memory);
     let mut vmcs = EngineVmcs::default();

@@ -6,7 +6,7 @@ use x86_spec::segment::seg;
 
 use crate::block::{Block, MODE_SINGLE, NewBlock};
 use crate::cpu::{CodeSize, Cpu, Exec};
-use crate::op::{Op, blank, SimpleFn, SimpleKind, simple_end, simple_next};
+use crate::op::{Op, SimpleFn, SimpleKind, blank, simple_end, simple_next};
 use crate::ops::{self, Flow};
 use crate::{system, thunk};
 

@@ -1,7 +1,8 @@
 //! A software x86-64 CPU in VMX non-root operation.
 //!
 //! It decodes guest code into blocks of specialised handlers ([`ops`]), runs vector, x87 and rare
-//! integer instructions on the host's own units ([`thunk`]), translates addresses in two
+//! integer instructions on the host's own units ([`thunk`]), makes host code of what runs often
+//! ([`translate`]), translates addresses in two
 //! dimensions ([`mmu`]), and exits as the SDM says ([`system`]).
 //!
 //! Not supported: see the head of each module; in short 5-level paging, protection keys,
@@ -73,6 +74,7 @@ pub struct SoftEngine {
     tsc_frequency: u64,
     vcpus: Mutex<Vec<Remote>>,
     shadow_layout: Arc<ShadowLayout>,
+    translate_after: u32,
 }
 
 impl SoftEngine {
@@ -87,7 +89,16 @@ impl SoftEngine {
             tsc_frequency: system::capabilities::tsc_frequency(),
             vcpus: Mutex::new(Vec::new()),
             shadow_layout: Arc::default(),
+            translate_after: translate::THRESHOLD,
         })
+    }
+
+    /// The same, but code is translated after that many executions of a block; 0: never, all is
+    /// interpreted.
+    #[must_use]
+    pub fn with_translation_after(mut self, executions: u32) -> Self {
+        self.translate_after = executions;
+        self
     }
 
     /// The same with VMCS shadowing: vCPUs execute VMREAD and VMWRITE against shadow VMCSs of this
@@ -124,6 +135,7 @@ impl Engine for SoftEngine {
     fn create_vcpu(&self) -> Result<SoftVcpu, EngineError> {
         let mut cpu = Cpu::new(self.memory.clone())?;
         cpu.shadow_layout = self.shadow_layout.clone();
+        cpu.translator.set_threshold(self.translate_after);
         let remote = Remote { shared: cpu.shared.clone(), requests: cpu.requests.clone() };
         self.memory.add_code_watcher(Arc::new(Watcher {
             written: cpu.written_pages.clone(),

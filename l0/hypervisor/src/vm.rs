@@ -100,7 +100,7 @@ impl EngineClock {
 impl Clock for EngineClock {
     fn now_ns(&self) -> u64 {
         let ticks = (self.tsc)().wrapping_sub(self.start);
-        (u128::from(ticks) * u128::from(self.ns_per_tick) >> Self::FRACTION) as u64
+        ((u128::from(ticks) * u128::from(self.ns_per_tick)) >> Self::FRACTION) as u64
     }
 }
 

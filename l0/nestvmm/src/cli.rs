@@ -500,6 +500,9 @@ pub struct RunArgs {
     /// What executes the guest's instructions; auto takes the fastest that works here
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
+    /// Let the software engine make host code of what runs often, instead of interpreting all
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub translator: OnOff,
     /// Offer VMX to the guest, so that it can be a hypervisor [default: on; off with --engine kvm, where it is
     /// incomplete]
     #[arg(long, value_enum)]

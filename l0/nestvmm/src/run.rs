@@ -110,9 +110,13 @@ fn run_machines(
 ) -> Result<End, Failure> {
     loop {
         let end = match args.engine {
-            EngineChoice::Kvm => boot_once(kvm_engine, args, files, disks, output, session, exec)?,
+            EngineChoice::Kvm => {
+                let kvm = |memory| kvm_engine(memory, args.translator == OnOff::On);
+                boot_once(kvm, args, files, disks, output, session, exec)?
+            }
             EngineChoice::Soft | EngineChoice::Auto => {
-                boot_once(soft_engine, args, files, disks, output, session, exec)?
+                let soft = |memory| soft_engine(memory, args.translator == OnOff::On);
+                boot_once(soft, args, files, disks, output, session, exec)?
             }
         };
         match end {
@@ -141,20 +145,24 @@ fn run_machines(
 }
 
 /// The software engine, able to do VMREAD and VMWRITE in shadow VMCSs of `vmx-emu`'s layout.
-fn soft_engine(memory: Arc<MachineMemory>) -> Result<SoftEngine, engine::EngineError> {
+fn soft_engine(memory: Arc<MachineMemory>, translate: bool) -> Result<SoftEngine, engine::EngineError> {
     let fields = vmx_emu::shadow_layout().iter().map(|f| ShadowField {
         encoding: f.encoding,
         offset: f.offset,
         width: f.width,
     });
-    Ok(SoftEngine::new(memory)?.with_vmcs_shadowing(ShadowLayout::new(fields)))
+    let engine = SoftEngine::new(memory)?.with_vmcs_shadowing(ShadowLayout::new(fields));
+    Ok(if translate { engine } else { engine.with_translation_after(0) })
 }
 
 /// KVM, with the software engine for what KVM can't do.
-fn kvm_engine(memory: Arc<MachineMemory>) -> Result<HybridEngine<SoftEngine>, engine::EngineError> {
+fn kvm_engine(
+    memory: Arc<MachineMemory>,
+    translate: bool,
+) -> Result<HybridEngine<SoftEngine>, engine::EngineError> {
     /// Said once, however often the machine is reset.
     static NOTICE: std::sync::Once = std::sync::Once::new();
-    let engine = HybridEngine::new(memory.clone(), soft_engine(memory)?)?;
+    let engine = HybridEngine::new(memory.clone(), soft_engine(memory, translate)?)?;
     if !engine.flaws().is_empty() {
         NOTICE.call_once(|| tracing::warn!("{}", without_kvm(engine.flaws())));
     }

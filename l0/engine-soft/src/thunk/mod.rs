@@ -106,7 +106,12 @@ impl ThunkCache {
     /// # Errors
     /// When the host refuses executable memory.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { arena: Arena::new(c"nestvmm-thunks", ARENA_SIZE)?, forms: HashMap::new(), compiler: Compiler::new(), generation: 0 })
+        Ok(Self {
+            arena: Arena::new(c"nestvmm-thunks", ARENA_SIZE)?,
+            forms: HashMap::new(),
+            compiler: Compiler::new(),
+            generation: 0,
+        })
     }
 
     /// Drops all thunks. Blocks that were decoded before must not run any more.

@@ -341,18 +341,24 @@ mod tests {
             ("shr rcx,0Ch", text(|a| a.shift(5, 8, RCX, 12))),
             ("jmp qword [rax+30h]", text(|a| a.jump_mem(Mem::at(RAX, 0x30)))),
             ("jne near 0000000000000900h", text(|a| a.jump_if_to(5, 0x900))),
-            ("push r14; pop rbp; call rax; ret", text(|a| {
-                a.push(R14);
-                a.pop(RBP);
-                a.call_reg(RAX);
-                a.ret();
-            })),
-            ("ja near 0000000000001008h; mov eax,ecx; mov rdi,rdx", text(|a| {
-                let j = a.jump_if(7);
-                a.mov(4, RAX, RCX);
-                a.land(j);
-                a.mov(8, RDI, RDX);
-            })),
+            (
+                "push r14; pop rbp; call rax; ret",
+                text(|a| {
+                    a.push(R14);
+                    a.pop(RBP);
+                    a.call_reg(RAX);
+                    a.ret();
+                }),
+            ),
+            (
+                "ja near 0000000000001008h; mov eax,ecx; mov rdi,rdx",
+                text(|a| {
+                    let j = a.jump_if(7);
+                    a.mov(4, RAX, RCX);
+                    a.land(j);
+                    a.mov(8, RDI, RDX);
+                }),
+            ),
         ];
         for (wanted, got) in cases {
             assert_eq!(wanted, got);

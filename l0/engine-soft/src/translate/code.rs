@@ -8,7 +8,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use x86_spec::reg::gpr;
 
-use super::asm::{Alu, Asm, Jump, Mem, RAX, RBP, RBX, RCX, RDI, RDX, RSI, R12, R13, R14};
+use super::asm::{Alu, Asm, Jump, Mem, R12, R13, R14, RAX, RBP, RBX, RCX, RDI, RDX, RSI};
 use super::{
     BIAS, BLOCK, FLAGS, GENERATION, ICOUNT, NATIVE, NOT_BELOW, NOT_EQUAL, RETURNED, RIP, Stubs, TLB_SHIFT,
     call_pair, field, finish, link, load_context,
@@ -469,8 +469,15 @@ impl Emitter<'_> {
                 self.detour(n, away, false);
             }
             // These leave the host's flags as they are.
-            Form::Nop | Form::Mov | Form::ZeroExtend | Form::SignExtend | Form::Lea | Form::Exchange
-            | Form::Widen(_) | Form::ByteSwap | Form::Unary(NOT) => {
+            Form::Nop
+            | Form::Mov
+            | Form::ZeroExtend
+            | Form::SignExtend
+            | Form::Lea
+            | Form::Exchange
+            | Form::Widen(_)
+            | Form::ByteSwap
+            | Form::Unary(NOT) => {
                 self.data(i, op, form);
                 self.host_flags = valid;
             }

@@ -30,7 +30,7 @@ use crate::mmu::Mmu;
 use crate::op::{Op, blank};
 
 /// Executions after which a block is translated.
-const THRESHOLD: u32 = 24;
+pub(crate) const THRESHOLD: u32 = 24;
 /// Bytes of translated code that are kept; past that all code starts anew.
 const ARENA_SIZE: usize = 64 << 20;
 /// Room that a block's code must find: the longest is below this.
