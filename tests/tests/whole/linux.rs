@@ -255,7 +255,7 @@ fn a_small_guest() {
     guest.power_off();
 
     // What can't be enough is refused before the boot.
-    for (memory, why) in [("64M", "does not fit into 64 MiB of RAM"), ("80M", "80 MiB of RAM are too little")]
+    for (memory, why) in [("64M", "does not fit into 64 MiB of RAM"), ("88M", "88 MiB of RAM are too little")]
     {
         let refused = guest::launch(Kernel::Cloud, &["--memory", memory]).run(COMMAND);
         refused.expect_status(4);
