@@ -84,7 +84,7 @@ fn line(kind: &Kind, rounds: u64) -> String {
     let mut line = format!("{exit:<20}{:>7.2}", kind.per_round(rounds));
     let _ = write!(line, "{:>9}{reads:>9}{writes:>10}", kind.l0_entries.median);
     for Distribution { median, p90, p99, .. } in [kind.l0_ns, kind.l1_ns, kind.l2_ns] {
-        let _ = write!(line, "{:>9.2}{:>8.2}{:>8.2}", micros(median), micros(p90), micros(p99));
+        let _ = write!(line, "{:>9}{:>8}{:>8}", micros(median), micros(p90), micros(p99));
     }
     let others = kind.caused.iter().filter(|c| !EVERY.contains(&c.reason) && c.mean >= 0.5);
     for (i, c) in others.enumerate() {
@@ -93,8 +93,10 @@ fn line(kind: &Kind, rounds: u64) -> String {
     line
 }
 
-fn micros(ns: u64) -> f64 {
-    ns as f64 / 1e3
+/// Microseconds, with as many digits as there is room for.
+fn micros(ns: u64) -> String {
+    let us = ns as f64 / 1e3;
+    if us < 1000.0 { format!("{us:.2}") } else { format!("{us:.0}") }
 }
 
 #[cfg(test)]
@@ -125,6 +127,7 @@ mod tests {
         let forwarded = "cpuid trapped ept CPUID 1.00 5 3 (1) 1 (1) 1.23 1.23 1.23 45.60 45.60 45.60 0.01 0.01 0.01 \
                          MSR_READ 1.0";
         assert_eq!(lines[0].join(" "), forwarded);
+        assert_eq!(micros(12_345_678), "12346");
         assert_eq!(lines[1][..5], ["cpuid", "shadow", "ept", "CPUID", "(L0)"]);
         assert_eq!(lines[2].join(" "), "invlpg trapped ept no exit");
         assert_eq!(lines[5].join(" "), "mov_dr shadow ept skipped: no");
