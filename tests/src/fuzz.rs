@@ -2,12 +2,14 @@
 //!
 //! The fuzz targets in `fuzz/` and the bounded runs in this crate's tests share them.
 
+mod iommu;
 mod pci;
 mod vmx_program;
 
 use std::io::Cursor;
 use std::sync::Arc;
 
+pub use iommu::iommu;
 pub use pci::pci;
 pub use vmx_program::vmx;
 

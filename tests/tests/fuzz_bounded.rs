@@ -103,3 +103,19 @@ fn random_traces() {
         fuzz::trace(&r.bytes(len));
     }
 }
+
+/// An IOMMU with tables, queues and commands of any contents.
+#[test]
+fn random_iommu_programs() {
+    let mut r = Random(0x0056_5464);
+    let mut passed = [0u64; 3];
+    for _ in 0..3000 {
+        let data = r.bytes(10 * 400);
+        let got = fuzz::iommu(&data);
+        passed.iter_mut().zip(got).for_each(|(sum, n)| *sum += n);
+    }
+    assert!(
+        passed.iter().all(|n| *n > 100),
+        "accesses, interrupts, descriptors that got through: {passed:?}"
+    );
+}
