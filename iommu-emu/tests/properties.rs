@@ -128,7 +128,7 @@ fn naive(w: &World, device: Bdf, iova: u64, write: bool) -> Result<u64, u8> {
         let page = 1u64 << shift;
         // Bits 51:46 are above the host's width; TM; SNP but in leaves; the address within a large page.
         let snoop = if leaf { 0 } else { 1 << 11 };
-        let within = if leaf { page - 1 & !0xfff } else { 0 };
+        let within = if leaf { (page - 1) & !0xfff } else { 0 };
         if level == 3 && leaf || e & (0x3f << 46 | 1 << 62 | snoop | within) != 0 {
             return Err(0xc);
         }

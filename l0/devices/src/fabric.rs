@@ -4,10 +4,10 @@
 //! Wiring: ISA line 0 is I/O APIC pin 2, line 2 does not exist, the others are pin for pin.
 //! The 8259's INTR goes to LINT0 of every local APIC and to I/O APIC pin 0.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use crate::device::{IrqLine, IrqSink, lock};
-use crate::ioapic::{IoApic, MessageSink, PINS};
+use crate::ioapic::{IoApic, MessageSink, PINS, entry_message, message};
 use crate::lapic::{ApicAction, GpFault, LocalApic};
 use crate::message::{DeliveryMode, InterruptMessage};
 use crate::pic::DualPic;
@@ -36,6 +36,13 @@ impl Waiting {
     }
 }
 
+/// What remaps the I/O APIC's interrupts: an IOMMU.
+pub trait Remapper: Send + Sync {
+    /// Delivers the interrupt that the I/O APIC's write of `data` to `address` stands for. Returns whether a local
+    /// APIC accepted it. Called with the I/O APIC's lock held: must not call back into that.
+    fn deliver(&self, address: u64, data: u32) -> bool;
+}
+
 /// The controllers that are shared by all vCPUs.
 struct Chips {
     pic: DualPic,
@@ -48,6 +55,7 @@ pub struct Interrupts {
     chips: Mutex<Chips>,
     lapics: Vec<Mutex<LocalApic>>,
     notifier: OnceLock<Notifier>,
+    remapper: OnceLock<Weak<dyn Remapper>>,
 }
 
 /// Delivers to local APICs; handed to the I/O APIC.
@@ -56,6 +64,16 @@ struct LapicBus<'a>(&'a Interrupts);
 impl MessageSink for LapicBus<'_> {
     fn deliver(&mut self, message: &InterruptMessage) -> bool {
         self.0.deliver(message)
+    }
+
+    fn deliver_entry(&mut self, entry: u64) -> bool {
+        match self.0.remapper.get().and_then(Weak::upgrade) {
+            Some(remapper) => {
+                let (address, data) = entry_message(entry);
+                remapper.deliver(address, data)
+            }
+            None => self.deliver(&message(entry)),
+        }
     }
 }
 
@@ -66,6 +84,7 @@ impl Interrupts {
             chips: Mutex::new(Chips { pic: DualPic::new(), ioapic: IoApic::new(), intr: false }),
             lapics: lapics.into_iter().map(Mutex::new).collect(),
             notifier: OnceLock::new(),
+            remapper: OnceLock::new(),
         })
     }
 
@@ -73,6 +92,12 @@ impl Interrupts {
     /// this was it.
     pub fn set_notifier(&self, notifier: Notifier) -> bool {
         self.notifier.set(notifier).is_ok()
+    }
+
+    /// Puts `remapper` between the I/O APIC and the local APICs. Only the first call counts; returns whether this was
+    /// it.
+    pub fn set_remapper(&self, remapper: Weak<dyn Remapper>) -> bool {
+        self.remapper.set(remapper).is_ok()
     }
 
     /// Tells the notifier about vCPU `cpu`.

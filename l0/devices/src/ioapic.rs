@@ -5,8 +5,10 @@
 //! lines handed in say "asserted" or not, and the polarity bit of a redirection entry
 //! is applied to the resulting electrical level.
 //!
-//! Not supported: the interrupt-remapping format of redirection entries, arbitration on an
-//! APIC bus.
+//! An entry goes out as a message; with an IOMMU it may be in its remappable format, which is
+//! the IOMMU's to understand ([`entry_message`]).
+//!
+//! Not supported: arbitration on an APIC bus.
 
 use crate::message::{DeliveryMode, Destination, InterruptMessage};
 
@@ -34,14 +36,20 @@ const RTE_ACTIVE_LOW: u64 = 1 << 13;
 const RTE_REMOTE_IRR: u64 = 1 << 14;
 const RTE_LEVEL: u64 = 1 << 15;
 const RTE_MASKED: u64 = 1 << 16;
-/// Vector, delivery mode, destination mode, polarity, trigger, mask, destination: what
-/// software may write (bits 12 and 14 are read-only, 55:17 reserved).
-const RTE_WRITABLE: u64 = 0xff00_0000_0001_afff;
+/// Vector, delivery mode, destination mode, polarity, trigger, mask, extended destination ID (bits 55:48, as I/O APICs
+/// that send messages have it), destination: what software may write (bits 12 and 14 are read-only,
+/// 47:17 reserved).
+const RTE_WRITABLE: u64 = 0xffff_0000_0001_afff;
 
 /// Where interrupt messages go.
 pub trait MessageSink {
     /// Delivers `message`. Returns whether a local APIC accepted it.
     fn deliver(&mut self, message: &InterruptMessage) -> bool;
+
+    /// Delivers what a redirection entry asks for. Returns whether a local APIC accepted it.
+    fn deliver_entry(&mut self, entry: u64) -> bool {
+        self.deliver(&message(entry))
+    }
 }
 
 /// An I/O APIC.
@@ -81,7 +89,7 @@ impl IoApic {
             self.service_level(pin, sink);
         } else if old != level && is_active(entry, level) && entry & RTE_MASKED == 0 {
             // An edge on a masked pin is lost (82093AA §3.2.4, interrupt mask).
-            sink.deliver(&message(entry));
+            sink.deliver_entry(entry);
         }
     }
 
@@ -91,11 +99,9 @@ impl IoApic {
             return;
         };
         let ready = *entry & (RTE_MASKED | RTE_REMOTE_IRR) == 0;
-        if ready && *entry & RTE_LEVEL != 0 && is_active(*entry, *level) {
-            let message = message(*entry);
-            if sink.deliver(&message) && message.level {
-                *entry |= RTE_REMOTE_IRR;
-            }
+        let wanted = ready && *entry & RTE_LEVEL != 0 && is_active(*entry, *level);
+        if wanted && sink.deliver_entry(*entry) && message(*entry).level {
+            *entry |= RTE_REMOTE_IRR;
         }
     }
 
@@ -181,7 +187,16 @@ fn is_active(entry: u64, level: bool) -> bool {
     level != (entry & RTE_ACTIVE_LOW != 0)
 }
 
-fn message(entry: u64) -> InterruptMessage {
+/// The write that a redirection entry becomes on the bus: address and data. Bits 63:48 of the entry are address bits
+/// 19:4, bit 11 is address bit 2 (Intel VT-d specification §5.1.5.1); the low bits are those of the data.
+pub fn entry_message(entry: u64) -> (u64, u32) {
+    let logical = if entry & RTE_LOGICAL != 0 { 1 << 2 } else { 0 };
+    let level = if entry & RTE_LEVEL != 0 { 3 << 14 } else { 0 };
+    (0xfee0_0000 | entry >> 48 << 4 | logical, entry as u32 & 0x7ff | level)
+}
+
+/// What an entry means to local APICs if nothing remaps it.
+pub(crate) fn message(entry: u64) -> InterruptMessage {
     // Reserved encodings behave as fixed; start-up IPIs do not come from pins.
     let delivery = match DeliveryMode::from_bits(entry >> 8) {
         Some(DeliveryMode::StartUp) | None => DeliveryMode::Fixed,
@@ -250,7 +265,17 @@ mod tests {
         write_entry(&mut apic, 3, u64::MAX, &mut log);
         assert_eq!(read_low(&mut apic, 3), 0x0001_afff);
         apic.mmio_write(REG_SELECT, 0x17, &mut log);
-        assert_eq!(apic.mmio_read(REG_WINDOW), 0xff00_0000);
+        assert_eq!(apic.mmio_read(REG_WINDOW), 0xffff_0000);
+    }
+
+    #[test]
+    fn entries_as_messages() {
+        // Compatibility format: destination 3, logical, level-triggered, lowest priority, vector 41H.
+        let entry = 3 << 56 | RTE_LEVEL | RTE_LOGICAL | RTE_ACTIVE_LOW | 1 << 8 | 0x41;
+        assert_eq!(entry_message(entry), (0xfee0_3004, 0xc141));
+        // Remappable format (VT-d §5.1.5.1): index 8123H in bits 63:49 and 11, format in bit 48.
+        let entry = 0x123 << 49 | 1 << 48 | 1 << 11 | 0x12;
+        assert_eq!(entry_message(entry), (0xfee0_0000 | 0x123 << 5 | 1 << 4 | 1 << 2, 0x12));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use devices::pci::{ADDRESS_PORT, ECAM_BASE, ECAM_SIZE, PciWindows};
 use devices::pm::{PM_BASE, PM_TIMER, PM1_CONTROL, PM1_EVENT, SLP_TYP_S5};
 use devices::reset::{RESET_PORT, RESET_VALUE};
 use devices::rtc::REG_CENTURY;
+use iommu_emu::Dmar;
 use memory::L1Gpa;
 
 use crate::pc::{SCI_IRQ, SERIAL_IRQ, SERIAL_PORT};
@@ -74,11 +75,12 @@ impl Placer {
     }
 }
 
-/// Builds the tables of a PC with `cpus` vCPUs, whose APIC IDs are 0 to `cpus - 1`, and PCI devices in `windows`.
+/// Builds the tables of a PC with `cpus` vCPUs, whose APIC IDs are 0 to `cpus - 1`, and PCI devices in `windows`; `iommu`
+/// says what remaps DMA and interrupts.
 ///
 /// # Errors
 /// [`AcpiError`] when so many vCPUs do not fit.
-pub fn build(cpus: u16, windows: &PciWindows) -> Result<AcpiTables, AcpiError> {
+pub fn build(cpus: u16, windows: &PciWindows, iommu: Option<&Dmar>) -> Result<AcpiTables, AcpiError> {
     let rsdp_end = (RSDP_ADDRESS.0 + Rsdp::len() as u64).next_multiple_of(ALIGNMENT);
     let mut placer = Placer { next: rsdp_end, blobs: Vec::new() };
     let facs = placer.place(bytes_of(&FACS::new()));
@@ -92,6 +94,9 @@ pub fn build(cpus: u16, windows: &PciWindows) -> Result<AcpiTables, AcpiError> {
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
     xsdt.add_entry(mcfg);
+    if let Some(dmar) = iommu {
+        xsdt.add_entry(placer.place(dmar.to_bytes(OEM_ID, OEM_TABLE_ID, OEM_REVISION)));
+    }
     let xsdt = placer.place(bytes_of(&xsdt));
     if placer.next > AREA_END {
         return Err(AcpiError { cpus });
@@ -344,7 +349,7 @@ mod tests {
 
     #[test]
     fn tables_are_linked_checked_and_apart() {
-        let tables = build(1, &PciWindows::after_ram(1 << 30)).unwrap();
+        let tables = build(1, &PciWindows::after_ram(1 << 30), None).unwrap();
         // RSDP: signature, both checksums, revision 2, XSDT address (§5.2.5.3).
         let (at, rsdp) = table(&tables, b"RSD PTR ");
         assert_eq!(at, 0xe_0000);
@@ -371,7 +376,7 @@ mod tests {
 
     #[test]
     fn fadt_says_what_the_machine_has() {
-        let tables = build(1, &PciWindows::after_ram(1 << 30)).unwrap();
+        let tables = build(1, &PciWindows::after_ram(1 << 30), None).unwrap();
         let (_, fadt) = table(&tables, b"FACP");
         // Offsets of §5.2.9, Table 5.9.
         assert_eq!(u16::from_le_bytes([fadt[46], fadt[47]]), 9, "SCI_INT");
@@ -407,7 +412,7 @@ mod tests {
 
     #[test]
     fn madt_lists_controllers() {
-        let tables = build(2, &PciWindows::after_ram(1 << 30)).unwrap();
+        let tables = build(2, &PciWindows::after_ram(1 << 30), None).unwrap();
         let (_, madt) = table(&tables, b"APIC");
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
         let entries = madt_entries(madt);
@@ -421,14 +426,26 @@ mod tests {
     }
 
     #[test]
+    fn a_dmar_is_there_with_an_iommu() {
+        let tables = build(1, &PciWindows::after_ram(1 << 30), Some(&crate::iommu::dmar(46))).unwrap();
+        let (_, dmar) = table(&tables, b"DMAR");
+        let (_, xsdt) = table(&tables, b"XSDT");
+        assert_eq!((sum(dmar), dmar[36], xsdt.len()), (0, 45, 36 + 4 * 8));
+        // The scope of the I/O APIC has the MADT's ID and the unit's source ID for it.
+        assert_eq!(dmar[64..], [3, 8, 0, 0, 0, 0xff, 0, 0]);
+        let without = build(1, &PciWindows::after_ram(1 << 30), None).unwrap();
+        assert!(without.blobs.iter().all(|(_, b)| !b.starts_with(b"DMAR")));
+    }
+
+    #[test]
     fn high_apic_ids_use_the_x2apic_form() {
-        let tables = build(300, &PciWindows::after_ram(1 << 30)).unwrap();
+        let tables = build(300, &PciWindows::after_ram(1 << 30), None).unwrap();
         let (_, madt) = table(&tables, b"APIC");
         let entries = madt_entries(madt);
         assert_eq!(entries[254], [0, 8, 254, 254, 1, 0, 0, 0]);
         assert_eq!(entries[255], [9, 16, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0]);
         assert_eq!(
-            build(u16::MAX, &PciWindows::after_ram(1 << 30)).unwrap_err(),
+            build(u16::MAX, &PciWindows::after_ram(1 << 30), None).unwrap_err(),
             AcpiError { cpus: u16::MAX }
         );
     }

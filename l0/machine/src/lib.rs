@@ -5,6 +5,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod image;
+pub mod iommu;
 pub mod pc;
 pub mod pci;
 

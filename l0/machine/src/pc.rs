@@ -47,6 +47,7 @@ use devices::{
 use memory::{L1Gpa, RamLayout};
 
 use crate::bus::{MmioBus, Overlap, PioBus, PortWidth, size_mask};
+use crate::iommu::{IommuOptions, RemappingUnit, VTD_BASE, VtdWindow};
 use crate::pci::{self, PciDevices, PciError};
 
 /// First port of the serial port.
@@ -86,6 +87,8 @@ pub struct PcConfig {
     pub channel: Option<Box<dyn Write + Send>>,
     /// What there is on PCI besides the host bridge.
     pub devices: Option<PciDevices>,
+    /// The IOMMU; `None` for none.
+    pub iommu: Option<IommuOptions>,
 }
 
 impl Default for PcConfig {
@@ -104,6 +107,7 @@ impl Default for PcConfig {
             console: Box::new(std::io::sink()),
             channel: None,
             devices: None,
+            iommu: None,
         }
     }
 }
@@ -309,6 +313,8 @@ pub struct Pc {
     channel: Option<SerialLine>,
     power: Arc<Mutex<Scheduled<PowerManagement>>>,
     events: Arc<EventSlot>,
+    /// The I/O APIC does not keep it alive.
+    iommu: Option<Arc<RemappingUnit>>,
 }
 
 impl Pc {
@@ -338,6 +344,9 @@ impl Pc {
         let interrupts = Interrupts::new(lapics.collect());
         // Firmware would leave the bootstrap processor in virtual wire mode.
         interrupts.with_lapic(0, LocalApic::enter_virtual_wire_mode);
+
+        let iommu = config.iommu.as_ref();
+        let iommu = iommu.map(|o| RemappingUnit::new(o, config.max_phys_bits, interrupts.clone()));
 
         let events = Arc::new(EventSlot::default());
         *lock(&events.interrupts) = Some(Arc::downgrade(&interrupts));
@@ -392,6 +401,9 @@ impl Pc {
         let mut mmio = MmioBus::default();
         mmio.claim(IOAPIC_BASE, IOAPIC_SIZE, shared(IoApicWindow(interrupts.clone())))?;
 
+        if let Some(unit) = &iommu {
+            mmio.claim(VTD_BASE, iommu_emu::spec::reg::WINDOW, shared(VtdWindow(unit.clone())))?;
+        }
         if config.debug_exit {
             let device = DebugExit::new(sink);
             pio.claim(DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, PortWidth::Any, shared(device))?;
@@ -405,7 +417,7 @@ impl Pc {
         let mut timers =
             vec![Timer::new(&pit), Timer::new(&rtc), Timer::new(&console.uart), Timer::new(&power)];
         timers.extend(channel.as_ref().map(|c| Timer::new(&c.uart)));
-        Ok(Self { clock, interrupts, pio, mmio, pci, timers, console, channel, power, events })
+        Ok(Self { clock, interrupts, pio, mmio, pci, timers, console, channel, power, events, iommu })
     }
 
     // ---- buses --------------------------------------------------------------------------
@@ -475,6 +487,11 @@ impl Pc {
         let devices =
             self.timers.iter().map(|t| t.due.load(Ordering::Acquire)).filter(|due| *due != u64::MAX);
         devices.chain(self.interrupts.next_deadline()).min()
+    }
+
+    /// The IOMMU, if there is one.
+    pub fn iommu(&self) -> Option<&Arc<RemappingUnit>> {
+        self.iommu.as_ref()
     }
 
     // ---- interrupts ---------------------------------------------------------------------

@@ -9,6 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use x86_spec::exit::ExitReason;
 
 use hypervisor::{Ept02Config, MAX_EPT02_PAGES, MIN_EPT02_PAGES};
+use machine::iommu::IommuOptions;
+use memory::L1Ram;
 
 use scenario_runner::suite::Shard;
 
@@ -530,6 +532,9 @@ pub struct RunArgs {
     /// Add a virtio entropy device
     #[arg(long, value_enum, default_value_t = OnOff::On)]
     pub rng: OnOff,
+    /// Give the guest an IOMMU (Intel VT-d) for its PCI devices and interrupts
+    #[arg(long, value_enum, default_value_t = IommuChoice::Off)]
+    pub iommu: IommuChoice,
     /// Where the guest's serial console goes: stdio, file:PATH (output only), unix:PATH (a
     /// socket that is listened on) or none [default: stdio; with --exec none, but the end is shown
     /// when something goes wrong]
@@ -687,6 +692,25 @@ impl From<VmcsAccessChoice> for hypervisor::VmcsAccess {
             VmcsAccessChoice::Shadow => Self::Shadow,
             VmcsAccessChoice::Direct => Self::Direct,
         }
+    }
+}
+
+/// `--iommu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IommuChoice {
+    /// There is none.
+    Off,
+    /// There is one.
+    On,
+    /// There is one in caching mode: the guest has to invalidate what was not present, too.
+    CachingMode,
+}
+
+impl IommuChoice {
+    /// What it means for a machine with `ram`.
+    pub fn options(self, ram: &L1Ram) -> Option<IommuOptions> {
+        (self != Self::Off)
+            .then(|| IommuOptions { ram: ram.clone(), caching_mode: self == Self::CachingMode })
     }
 }
 

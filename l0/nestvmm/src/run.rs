@@ -13,12 +13,13 @@ use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmEr
 use machine::boot::{self, BootEntry, BootFile, BootModule, BootRequest};
 use machine::image::ImageKind;
 use machine::pci::{PciDevices, PciError};
-use machine::{Pc, PcConfig, PcError, acpi, image};
+use machine::{Pc, PcConfig, PcError, acpi, image, iommu};
 use memory::{MachineMemory, RamLayout};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{
-    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, OnCrash, OnOff, OnReset, RunArgs,
+    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, IommuChoice, OnCrash, OnOff, OnReset,
+    RunArgs,
 };
 use crate::console::{Console, Output};
 use crate::crash;
@@ -215,10 +216,12 @@ fn boot_once<E: Engine + 'static>(
             nvme: disks.nvme.clone(),
             rng: args.rng == OnOff::On,
         }),
+        iommu: args.iommu.options(builder.ram()),
         channel: exec.map(|e| -> Box<dyn io::Write + Send> { Box::new(e.port(session)) }),
     };
     let windows = machine::pc::pci_windows(&RamLayout::new(builder.ram().size()));
-    let tables = acpi::build(CPUS, &windows).map_err(Failure::internal)?;
+    let dmar = (args.iommu != IommuChoice::Off).then(|| iommu::dmar(hypervisor::cpuid::PHYSICAL_BITS));
+    let tables = acpi::build(CPUS, &windows, dmar.as_ref()).map_err(Failure::internal)?;
     let pc = Arc::new(Pc::new(pc_config, &builder.tscs()).map_err(pc_failure)?);
     let request = BootRequest {
         kernel: &files.kernel,

@@ -69,7 +69,7 @@ pub fn iommu(data: &[u8]) -> [u64; 3] {
                 for (at, half) in (QUEUE + tail..).step_by(8).zip(descriptor) {
                     let _ = ram.write(L1Gpa(at), &half.to_le_bytes());
                 }
-                unit.write(IQT, 8, tail + 0x10 & 0xff0);
+                unit.write(IQT, 8, (tail + 0x10) & 0xff0);
                 settle(&mut unit);
             }
             4 => {
