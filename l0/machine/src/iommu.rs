@@ -14,8 +14,8 @@ use devices::fabric::Remapper;
 use devices::{DeliveryMode, Destination, InterruptMessage, Interrupts, MmioDevice, lock};
 use iommu_emu::{Access, Blocked, Config, Delivery, DeviceScope, Dmar, Drhd, InterruptRequest, Iommu};
 use iommu_emu::{Progress, Remapped, ScopeKind, Stats};
-use memory::dma::{DmaAccess, DmaFault, DmaSpace, MessageSink};
-use memory::{BusAddress, L1Gpa, L1Ram};
+use memory::dma::{DmaAccess, DmaFault, DmaSpace, MessageSink, Route};
+use memory::{BusAddress, L1Ram};
 use x86_spec::pci::Bdf;
 
 /// Where the register window is.
@@ -146,13 +146,7 @@ fn interrupt_message(delivery: &Delivery) -> Option<InterruptMessage> {
 }
 
 impl DmaSpace for RemappingUnit {
-    fn translate(
-        &self,
-        requester: Bdf,
-        address: BusAddress,
-        len: u64,
-        access: DmaAccess,
-    ) -> Result<(L1Gpa, u64), DmaFault> {
+    fn translate(&self, requester: Bdf, address: BusAddress, access: DmaAccess) -> Result<Route, DmaFault> {
         let kind = match access {
             DmaAccess::Read => Access::Read,
             DmaAccess::Write => Access::Write,
@@ -160,7 +154,7 @@ impl DmaSpace for RemappingUnit {
         let mut unit = lock(&self.unit);
         let result = unit.translate(requester, address, kind);
         match result {
-            Ok(to) => Ok((to.gpa, to.len.min(len))),
+            Ok(to) => Ok(Route { gpa: to.gpa, machine: to.machine, len: to.len }),
             Err(blocked) => {
                 if let Blocked::Fault(reason) = blocked {
                     tracing::debug!("{access:?} of {requester} at {address} blocked: {reason}");

@@ -381,7 +381,7 @@ impl Pc {
         }
         // The reset register lies between PCI's two.
         let windows = pci_windows(&ram);
-        let pci = Arc::new(pci::build(windows, config.devices, &interrupts)?);
+        let pci = Arc::new(pci::build(windows, config.devices, &interrupts, iommu.as_ref())?);
         let ports = shared(PciPorts(pci.clone()));
         for (port, count) in [(ADDRESS_PORT, 1), (DATA_PORT, DATA_PORTS)] {
             let part = PortsAt { device: ports.clone(), offset: port - ADDRESS_PORT };

@@ -24,6 +24,8 @@ use memory::L1Ram;
 use memory::dma::{DeviceDma, DmaSpace, MessageSink, Untranslated};
 use x86_spec::pci::Bdf;
 
+use crate::iommu::RemappingUnit;
+
 /// I/O APIC pins that PCI wires lead to: the first, and how many.
 const FIRST_WIRE: u32 = 16;
 const WIRES: u32 = 8;
@@ -119,7 +121,7 @@ impl Slots<'_> {
     }
 }
 
-/// Makes the root complex with its devices, and does with them what firmware does.
+/// Makes the root complex with its devices, behind `iommu` if there is one, and does with them what firmware does.
 ///
 /// # Errors
 /// [`PciError`].
@@ -127,6 +129,7 @@ pub(crate) fn build(
     windows: PciWindows,
     devices: Option<PciDevices>,
     interrupts: &Arc<Interrupts>,
+    iommu: Option<&Arc<RemappingUnit>>,
 ) -> Result<PciRoot, PciError> {
     let root = PciRoot::new(windows);
     let Some(devices) = devices else { return Ok(root) };
@@ -135,13 +138,11 @@ pub(crate) fn build(
         return Err(PciError::TooMany(count));
     }
     let wires = (0..WIRES).map(|i| Arc::new(SharedWire::new(interrupts.isa_line(FIRST_WIRE + i)))).collect();
-    let mut slots = Slots {
-        ram: &devices.ram,
-        space: Arc::new(Untranslated::default()),
-        sink: Arc::new(ApicMessages(interrupts.clone())),
-        wires,
-        next: 1,
+    let (space, sink): (Arc<dyn DmaSpace>, Arc<dyn MessageSink>) = match iommu {
+        Some(unit) => (unit.clone(), unit.clone()),
+        None => (Arc::new(Untranslated::default()), Arc::new(ApicMessages(interrupts.clone()))),
     };
+    let mut slots = Slots { ram: &devices.ram, space, sink, wires, next: 1 };
     for (i, disk) in devices.disks.iter().enumerate() {
         let block = Box::new(Block::new(disk.storage.clone(), &disk.serial));
         slots.add(&root, |wiring| endpoint(&format!("disk{i}"), block, wiring))?;

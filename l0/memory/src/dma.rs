@@ -56,20 +56,24 @@ pub enum DmaFault {
     },
 }
 
+/// Where a bus address leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The address in L1's physical address space.
+    pub gpa: L1Gpa,
+    /// The machine memory behind it, if the space knows: an IOMMU keeps both steps as one.
+    pub machine: Option<MachineAddr>,
+    /// How many bytes from there on lead on without a gap: at least 1.
+    pub len: u64,
+}
+
 /// Where devices' addresses lead: an IOMMU, or none.
 pub trait DmaSpace: Send + Sync + fmt::Debug {
-    /// Where `address` of device `requester` leads, and how many of the `len` bytes (not 0) from there on lead on
-    /// without a gap: at least 1, at most `len`. The implementation records its faults itself, as hardware does.
+    /// Where `address` of device `requester` leads. The implementation records its faults itself, as hardware does.
     ///
     /// # Errors
     /// [`DmaFault`] when the access is not allowed.
-    fn translate(
-        &self,
-        requester: Bdf,
-        address: BusAddress,
-        len: u64,
-        access: DmaAccess,
-    ) -> Result<(L1Gpa, u64), DmaFault>;
+    fn translate(&self, requester: Bdf, address: BusAddress, access: DmaAccess) -> Result<Route, DmaFault>;
 
     /// Held for reading while a device uses translations. Who takes translations back acquires it for
     /// writing, after the tables have changed and before saying that it is done: then no access by an old translation
@@ -82,14 +86,8 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
 pub struct Untranslated(RwLock<()>);
 
 impl DmaSpace for Untranslated {
-    fn translate(
-        &self,
-        _: Bdf,
-        address: BusAddress,
-        len: u64,
-        _: DmaAccess,
-    ) -> Result<(L1Gpa, u64), DmaFault> {
-        Ok((L1Gpa(address.0), len))
+    fn translate(&self, _: Bdf, address: BusAddress, _: DmaAccess) -> Result<Route, DmaFault> {
+        Ok(Route { gpa: L1Gpa(address.0), machine: None, len: u64::MAX })
     }
     fn in_flight(&self) -> &RwLock<()> {
         &self.0
@@ -181,10 +179,13 @@ impl<'s> DmaSession<'s> {
         if !self.dma.requester.can_request() {
             return Err(DmaFault::NotMaster { requester: self.requester });
         }
-        let (gpa, here) = self.dma.space.translate(self.requester, address, len, access)?;
+        let route = self.dma.space.translate(self.requester, address, access)?;
         let not_ram = DmaFault::NotRam { requester: self.requester, address };
-        let (machine, room) = self.dma.ram.translate(gpa).ok_or(not_ram)?;
-        Ok((machine, here.min(room).min(len)))
+        let (machine, room) = match route.machine {
+            Some(machine) => (machine, route.len),
+            None => self.dma.ram.translate(route.gpa).ok_or(not_ram)?,
+        };
+        Ok((machine, route.len.min(room).min(len)))
     }
 
     /// Calls `f` for each contiguous piece of `len` bytes at `address`, with the offset from `address`.
@@ -362,17 +363,16 @@ mod tests {
             &self,
             requester: Bdf,
             address: BusAddress,
-            len: u64,
             access: DmaAccess,
-        ) -> Result<(L1Gpa, u64), DmaFault> {
+        ) -> Result<Route, DmaFault> {
             self.asked.lock().unwrap().push((requester, address.0, access));
             let page = match (address.page(), access) {
                 (page @ (0 | 1), _) => 1 - page,
                 (2, DmaAccess::Read) => 2,
                 _ => return Err(DmaFault::Blocked { requester, address }),
             };
-            let room = PAGE_SIZE - address.page_offset();
-            Ok((L1Gpa(page * PAGE_SIZE + address.page_offset()), len.min(room)))
+            let gpa = L1Gpa(page * PAGE_SIZE + address.page_offset());
+            Ok(Route { gpa, machine: None, len: PAGE_SIZE - address.page_offset() })
         }
         fn in_flight(&self) -> &RwLock<()> {
             &self.lock
