@@ -130,7 +130,7 @@ impl<E: Engine + 'static> VmBuilder<E> {
         let pool = Arc::new(PagePool::new(memory.clone(), MachineAddr(ram_bytes), config.pool_pages())?);
         let ept01 = Ept01::build(&memory, &pool, ram.regions(), engine.capabilities().ept_vpid)?;
         let msr_bitmap = pool.alloc()?;
-        vmcs01::write_msr_bitmap(&memory, msr_bitmap)?;
+        vmcs01::write_msr_bitmap(&memory, msr_bitmap, !engine.is_lenient())?;
         let hz = engine.tsc_frequency().max(1);
         let mut cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
         let exits = PrimaryControls::MONITOR_EXITING | PrimaryControls::MWAIT_EXITING;

@@ -106,6 +106,10 @@ pub const PASS_THROUGH: &[u32] = &[
     msr::IA32_SPEC_CTRL,
 ];
 
+/// MSRs that L1 reads without an exit where the engine has the values that L0 gave it: KVM reads IA32_DEBUGCTL before
+/// each entry of its guest.
+const READ_THROUGH: &[u32] = &[msr::IA32_DEBUGCTL];
+
 /// The VPID of L1. 0 is L0's own (SDM Vol. 3C §29.1); L2s get the others.
 pub const VPID: u16 = 1;
 
@@ -172,21 +176,26 @@ pub fn controls(
 }
 
 /// Fills the MSR bitmap at `page` (SDM Vol. 3C §25.6.9): everything exits but
-/// [`PASS_THROUGH`].
+/// [`PASS_THROUGH`] and, if the engine is `exact`, reads of some more. One that is not may have its own opinion of
+/// their values, as KVM has of debug features.
 ///
 /// # Errors
 /// [`MemoryError::OutOfRange`] when `page` is not in machine memory.
-pub fn write_msr_bitmap(memory: &MachineMemory, page: MachineAddr) -> Result<(), MemoryError> {
+pub fn write_msr_bitmap(memory: &MachineMemory, page: MachineAddr, exact: bool) -> Result<(), MemoryError> {
     let mut bitmap = [0xffu8; 4096];
-    for m in PASS_THROUGH {
+    let mut pass = |msr: u32, write: bool| {
         // Low MSRs at 0 (read) and 800H (write), high ones at 400H and C00H.
-        let quarter = if *m >= 0xc000_0000 { 0x400 } else { 0 };
-        let (byte, bit) = ((m & 0x1fff) as usize / 8, m % 8);
-        for at in [quarter + byte, quarter + byte + 0x800] {
-            if let Some(b) = bitmap.get_mut(at) {
-                *b &= !(1 << bit);
-            }
+        let quarter = if msr >= 0xc000_0000 { 0x400 } else { 0 } + if write { 0x800 } else { 0 };
+        if let Some(b) = bitmap.get_mut(quarter + (msr & 0x1fff) as usize / 8) {
+            *b &= !(1 << (msr % 8));
         }
+    };
+    for m in PASS_THROUGH {
+        pass(*m, false);
+        pass(*m, true);
+    }
+    if exact {
+        READ_THROUGH.iter().for_each(|m| pass(*m, false));
     }
     memory.write(page, &bitmap)
 }
@@ -304,7 +313,10 @@ mod tests {
     fn the_msr_bitmap_lets_only_the_context_through() {
         let m = MachineMemory::new(0x2000).unwrap();
         let page = MachineAddr(0x1000);
-        write_msr_bitmap(&m, page).unwrap();
+        write_msr_bitmap(&m, page, false).unwrap();
+        let mut inexact = [0; 4096];
+        m.read(page, &mut inexact).unwrap();
+        write_msr_bitmap(&m, page, true).unwrap();
         let mut bytes = [0; 4096];
         m.read(page, &mut bytes).unwrap();
         // SDM Vol. 3C §25.6.9: read low, read high, write low, write high.
@@ -319,8 +331,10 @@ mod tests {
         for m in [msr::TSC, msr::IA32_APIC_BASE, msr::IA32_TSC_DEADLINE, 0x808, msr::IA32_XSS_MSR] {
             assert!(exits(m, false) && exits(m, true), "{m:#x}");
         }
-        let clear: u32 = bytes.iter().map(|b| b.count_zeros()).sum();
-        assert_eq!(clear as usize, 2 * PASS_THROUGH.len());
+        assert!(!exits(msr::IA32_DEBUGCTL, false) && exits(msr::IA32_DEBUGCTL, true));
+        let clear = |bytes: &[u8]| bytes.iter().map(|b| b.count_zeros() as usize).sum::<usize>();
+        assert_eq!(clear(&bytes), 2 * PASS_THROUGH.len() + READ_THROUGH.len());
+        assert_eq!(clear(&inexact), 2 * PASS_THROUGH.len());
     }
 
     #[test]
