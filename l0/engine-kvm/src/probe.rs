@@ -146,6 +146,7 @@ fn run(
     let mut vcpu: KvmVcpu = engine.create_vcpu()?;
     cpuid(&mut engine.cpuid);
     vcpu.set_features(&engine.cpuid)?;
+    vcpu.show_all_at_exits();
     let exit = vcpu.enter(&mut vmcs, &mut regs);
     if exit.reason != ExitReason::Hlt {
         let why = vcpu.failure().unwrap_or(exit.reason.name());
