@@ -4,6 +4,7 @@
 //! told what the VMCS says in its own terms: EPT01 becomes memory slots ([`slots`]), the MSR bitmap
 //! an MSR filter, the preemption timer a POSIX timer, a kick a signal ([`kick`]), an injected event
 //! KVM's vCPU events ([`state`]). There is no in-kernel interrupt controller: L0 has the local APIC.
+//! [`KvmEngine::serving_vmx`] makes an engine whose guests can be hypervisors on KVM's own VMX ([`host_vmx`]).
 //!
 //! Which exits exist is in [`capabilities`]. Contexts that need others (every L2) can't run here.
 //! CPUID is answered by KVM from the table of [`engine::Vcpu::set_cpuid`].
@@ -16,6 +17,7 @@
 
 mod capabilities;
 mod fpu;
+mod host_vmx;
 mod hybrid;
 mod kick;
 mod probe;
@@ -74,6 +76,10 @@ struct Shared {
     has_xcrs: bool,
     /// Where the upper halves of YMM registers are in an XSAVE area, if there are any.
     ymm_offset: Option<usize>,
+    /// KVM serves VMX to the guest.
+    host_vmx: bool,
+    /// KVM tells pending exceptions from others.
+    pending_exceptions: bool,
     /// How many vCPUs were made: the number of the next.
     vcpus: Mutex<u64>,
 }
@@ -171,7 +177,24 @@ impl KvmEngine {
     /// [`EngineError`] when there is no `/dev/kvm`, it can't be opened, or lacks what is
     /// needed; it says what.
     pub fn new(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
-        let mut engine = Self::open(memory)?;
+        Self::without_what_fails(Self::open(memory)?)
+    }
+
+    /// As [`Self::new`]; KVM executes the guest's VMX instructions, once L0 shows it VMX in CPUID.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when this host's KVM has no VMX for its guests.
+    pub fn serving_vmx(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
+        let kvm = Kvm::new().map_err(host("opening /dev/kvm"))?;
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
+        host_vmx::check(&kvm, |leaf, bits| {
+            cpuid.as_slice().iter().any(|e| e.function == leaf && e.ecx & bits != 0)
+        })?;
+        Self::without_what_fails(Self::open_with(memory, true)?)
+    }
+
+    fn without_what_fails(mut engine: Self) -> Result<Self, EngineError> {
         if !probe::runs_cmpxchg16b()? {
             probe::withhold_cmpxchg16b(&mut engine.cpuid);
         }
@@ -180,6 +203,10 @@ impl KvmEngine {
 
     /// The engine with all features that KVM claims.
     fn open(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
+        Self::open_with(memory, false)
+    }
+
+    fn open_with(memory: Arc<MachineMemory>, host_vmx: bool) -> Result<Self, EngineError> {
         kick::install_handler()
             .map_err(|source| EngineError::Host { call: "installing a signal handler", source })?;
         let kvm = Kvm::new().map_err(host("opening /dev/kvm"))?;
@@ -215,6 +242,10 @@ impl KvmEngine {
         enable.args[0] = reasons.into();
         vm.enable_cap(&enable).map_err(host("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
         Self::withhold_quirks(&vm);
+        if host_vmx {
+            host_vmx::split_irqchip(&vm)?;
+        }
+        let pending_exceptions = host_vmx && host_vmx::tell_pending_exceptions(&vm);
         let tsc_frequency = Self::host_tsc_frequency(&kvm)?;
         let shared = Shared {
             vm,
@@ -222,6 +253,8 @@ impl KvmEngine {
             realised: Mutex::default(),
             has_xcrs: kvm.check_extension(Cap::Xcrs),
             ymm_offset: fpu::ymm_offset(cpuid.as_slice()),
+            host_vmx,
+            pending_exceptions,
             vcpus: Mutex::new(0),
         };
         Ok(Self {
@@ -288,6 +321,10 @@ impl Engine for KvmEngine {
 
     fn create_vcpu(&self) -> Result<KvmVcpu, EngineError> {
         KvmVcpu::new(self.shared.clone(), self.tsc_frequency)
+    }
+
+    fn serves_vmx(&self) -> bool {
+        self.shared.host_vmx
     }
 
     /// KVM keeps its own translations right, but is told of ranges, not of tables: they are read

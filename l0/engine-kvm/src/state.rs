@@ -23,6 +23,10 @@ pub(crate) struct Dirty {
 /// The state that KVM has, as far as exits bring it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct KvmState {
+    /// KVM decides what becomes of events ([`crate::host_vmx`]): they stay as it has them.
+    pub keeps_events: bool,
+    /// An exception that L0 raises is a pending one.
+    pub pending_exceptions: bool,
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub events: kvm_vcpu_events,
@@ -140,14 +144,17 @@ fn put<T: PartialEq>(slot: &mut T, value: T, dirty: &mut bool) {
 impl KvmState {
     /// What KVM gave.
     pub fn new(regs: kvm_regs, sregs: kvm_sregs, events: kvm_vcpu_events) -> Self {
-        let mut state = Self { regs, sregs, events, shown: None };
+        let mut state =
+            Self { regs, sregs, events, shown: None, keeps_events: false, pending_exceptions: false };
         state.normalise();
         state
     }
 
     /// To be called with what KVM gave: leaves out what only one direction has.
     pub fn normalise(&mut self) {
-        self.events.flags = EVENT_FLAGS;
+        if !self.keeps_events {
+            self.events.flags = EVENT_FLAGS;
+        }
         // KVM would queue this interrupt a second time; `events` has it.
         self.sregs.interrupt_bitmap = [0; 4];
     }
@@ -203,9 +210,10 @@ impl KvmState {
             dirty.sregs = self.take_system(g, regs);
             self.shown = Some(System::of(g, regs));
         }
-        dirty.events = self.take_events(vmcs);
+        dirty.events = if self.keeps_events { self.take_exception(vmcs) } else { self.take_events(vmcs) };
         // Loading the registers drops an exception that KVM has queued.
-        dirty.events |= dirty.regs && self.events.exception.injected != 0;
+        let queued = self.events.exception.injected != 0 || self.events.exception.pending != 0;
+        dirty.events |= dirty.regs && queued;
         dirty
     }
 
@@ -228,6 +236,20 @@ impl KvmState {
             put(r, want, &mut dirty);
         }
         dirty
+    }
+
+    /// Takes over an exception that VMCS injects, and nothing else.
+    fn take_exception(&mut self, vmcs: &EngineVmcs) -> bool {
+        let info = vmcs.controls.entry_interruption;
+        if !info.is_valid() || info.event_type() != EventType::HardwareException {
+            return false;
+        }
+        let e = &mut self.events.exception;
+        (e.nr, e.has_error_code) = (info.vector(), info.has_error_code().into());
+        e.error_code = vmcs.controls.entry_error_code;
+        (e.injected, e.pending) = (u8::from(!self.pending_exceptions), u8::from(self.pending_exceptions));
+        self.events.exception_has_payload = 0;
+        true
     }
 
     fn take_events(&mut self, vmcs: &EngineVmcs) -> bool {
@@ -273,7 +295,7 @@ impl KvmState {
     /// information (SDM Vol. 3C §25.9.3).
     pub fn interrupted_event(&self) -> (InterruptionInfo, u32) {
         let e = &self.events;
-        if !self.has_event() {
+        if self.keeps_events || !self.has_event() {
             (InterruptionInfo::NONE, 0)
         } else if e.exception.injected != 0 {
             let has_code = e.exception.has_error_code != 0;

@@ -34,8 +34,13 @@ struct Rig {
 /// 2 MiB at guest-physical 0, all MSRs exiting, `code` at 1000H in real mode. `None` with a reason printed
 /// where KVM can't be used.
 fn rig(code: &[u8]) -> Option<Rig> {
+    rig_with(code, false)
+}
+
+/// The same; with `host_vmx` on an engine that has KVM decide what becomes of events.
+fn rig_with(code: &[u8], host_vmx: bool) -> Option<Rig> {
     let memory = Arc::new(MachineMemory::new(3 << 20).unwrap());
-    let engine = match KvmEngine::open(memory.clone()) {
+    let engine = match KvmEngine::open_with(memory.clone(), host_vmx) {
         Ok(e) => e,
         Err(e) => {
             eprintln!("skipped: {e}");
@@ -256,4 +261,81 @@ fn cmpxchg16b_is_offered_where_it_runs() {
     let offered = KvmEngine::new(memory).unwrap().supported_features(1, 0)[2] & 1 << 13 != 0;
     let claimed = r.engine.supported_features(1, 0)[2] & 1 << 13 != 0;
     assert_eq!(offered, claimed && !probe().unwrap().flaws.contains(&Flaw::KernelCode));
+}
+
+/// What KVM does with an interrupt while its guest runs a guest of its own can only be seen where it has VMX (the
+/// scenario depth-3 does); that the guest takes it at all, and when, everywhere.
+#[test]
+fn kvms_own_local_apic_passes_interrupts_on() {
+    // nop; out 80h, al; sti; hlt; jmp $; vector 40H: out 81h, al at 1100H
+    let Some(mut r) = rig_with(&[0x90, 0xe6, 0x80, 0xfb, 0xf4, 0xeb, 0xfe], true) else { return };
+    r.memory.write(MachineAddr(0x40 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xe6, 0x81]).unwrap();
+    let open = |r: &Rig| r.vcpu.event_windows().expect("KVM decides").interrupt;
+    let mut bus = Bus::default();
+    assert_eq!(r.enter().reason, ExitReason::IoInstruction);
+    assert!(!open(&r), "IF is 0");
+    r.emulate(&mut bus);
+    r.vmcs.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+    let exit = r.enter();
+    assert_eq!(
+        (exit.reason, r.vmcs.guest.rip),
+        (ExitReason::InterruptWindow, CODE + 5),
+        "STI blocks them for one instruction"
+    );
+    assert!(open(&r));
+    r.vmcs.controls.primary -= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(0x40, EventType::External, false);
+    // A kick before the entry: the interrupt is KVM's by then, and there is no room for a second one.
+    r.vcpu.kicker().kick();
+    assert_eq!(r.enter().reason, ExitReason::ExternalInterrupt);
+    assert!(!r.vmcs.controls.entry_interruption.is_valid() && !open(&r));
+    let exit = r.enter();
+    assert_eq!((exit.reason, r.vmcs.guest.rip), (ExitReason::IoInstruction, 0x1102));
+    assert_eq!(exit.qualification, io::qualification(0x81, 1, 0));
+}
+
+#[test]
+fn with_its_own_local_apic_kvm_waits_in_hlt_until_a_kick_or_an_interrupt() {
+    // sti; hlt; jmp $; vector 40H: out 81h, al at 1100H
+    let Some(mut r) = rig_with(&[0xfb, 0xf4, 0xeb, 0xfe], true) else { return };
+    r.memory.write(MachineAddr(0x40 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xe6, 0x81]).unwrap();
+    r.vmcs.guest.preemption_timer = 1 << 20;
+    let exit = r.enter();
+    assert_eq!((exit.reason, r.vmcs.guest.rip), (ExitReason::PreemptionTimer, CODE + 2), "halted");
+    assert!(r.vcpu.event_windows().unwrap().interrupt);
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(0x40, EventType::External, false);
+    assert_eq!((r.enter().reason, r.vmcs.guest.rip), (ExitReason::IoInstruction, 0x1102));
+    let mut ip = [0; 2];
+    r.memory.read(MachineAddr(r.vmcs.guest.rsp), &mut ip).unwrap();
+    assert_eq!(u64::from(u16::from_le_bytes(ip)), CODE + 2, "behind HLT");
+}
+
+#[test]
+fn task_priorities_and_faults_go_to_kvm_and_back_with_its_own_local_apic() {
+    // rdmsr; #GP: out 80h, al at 1100H
+    let Some(mut r) = rig_with(&[0x0f, 0x32], true) else { return };
+    r.memory.write(MachineAddr(13 * 4), &[0x00, 0x11, 0, 0]).unwrap();
+    r.memory.write(MachineAddr(0x1100), &[0xe6, 0x80]).unwrap();
+    r.regs.gpr[gpr::RCX] = 0x6e0;
+    r.regs.cr8 = 5;
+    assert_eq!(r.enter().reason, ExitReason::Rdmsr);
+    assert_eq!(r.regs.cr8, 5);
+    r.vmcs.controls.entry_interruption = InterruptionInfo::new(13, EventType::HardwareException, false);
+    assert_eq!((r.enter().reason, r.vmcs.guest.rip), (ExitReason::IoInstruction, 0x1102));
+    let mut ip = [0; 2];
+    r.memory.read(MachineAddr(r.vmcs.guest.rsp), &mut ip).unwrap();
+    assert_eq!(u64::from(u16::from_le_bytes(ip)), CODE, "a fault: IP of the instruction");
+}
+
+#[test]
+fn without_vmx_in_kvm_the_reason_and_a_remedy_are_named() {
+    let Ok(kvm) = Kvm::new() else { return eprintln!("skipped: no /dev/kvm") };
+    let why = |has: fn(u32, u32) -> bool| host_vmx::check(&kvm, has).err().map(|e| e.to_string());
+    // CPUID 80000001H:ECX bit 2 (AMD APM Vol. 3, E.4.2).
+    let svm = why(|leaf, bits| (leaf, bits) == (0x8000_0001, 1 << 2)).expect("SVM is not VMX");
+    assert!(svm.contains("SVM") && svm.contains("--engine soft"), "{svm}");
+    let none = why(|_, _| false).expect("there is none");
+    assert!(none.contains("no VMX") && none.contains("--engine soft"), "{none}");
 }

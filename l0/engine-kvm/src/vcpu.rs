@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use engine::{
-    CpuidEntry, EngineError, EngineVmcs, ExitBus, GuestRegs, Kick, LinearFault, Vcpu, VmExit,
+    CpuidEntry, EngineError, EngineVmcs, EventWindows, ExitBus, GuestRegs, Kick, LinearFault, Vcpu, VmExit,
     interruptibility,
 };
 use kvm_bindings::{
@@ -27,15 +27,15 @@ use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 use memory::{Gpa, MachineAddr};
 use x86_spec::controls::PrimaryControls;
 use x86_spec::exit::{ExitReason, ept_violation, io};
-use x86_spec::interruption::InterruptionInfo;
+use x86_spec::interruption::{EventType, InterruptionInfo};
 use x86_spec::msr;
 use x86_spec::reg::{cr0, cr4, efer, gpr};
 
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
-use crate::fpu;
 use crate::kick::{Armed, KickState, Timer};
 use crate::state::{Dirty, KvmState};
 use crate::{Shared, host, host_tsc, unsupported};
+use crate::{fpu, host_vmx};
 
 /// How often NMI blocking is looked at while an NMI waits: KVM has no NMI-window exit for userspace.
 const NMI_POLLS_PER_SECOND: u64 = 1000;
@@ -189,6 +189,8 @@ pub struct KvmVcpu {
     timer: Option<Timer>,
     /// By the TSC.
     deadline: Option<u64>,
+    /// KVM takes an interrupt, as it said at the last exit.
+    takes_interrupt: bool,
     failure: Option<String>,
 }
 
@@ -198,6 +200,9 @@ impl KvmVcpu {
         let mut fd = shared.vm.create_vcpu(*created).map_err(host("KVM_CREATE_VCPU"))?;
         *created += 1;
         drop(created);
+        if shared.host_vmx {
+            host_vmx::hide_lapic(&fd)?;
+        }
         let fields = KVM_SYNC_X86_VALID_FIELDS as i32;
         let sync = shared.vm.check_extension_int(Cap::SyncRegs) & fields == fields;
         if sync {
@@ -205,11 +210,12 @@ impl KvmVcpu {
                 fd.set_sync_valid_reg(part);
             }
         }
-        let state = KvmState::new(
+        let mut state = KvmState::new(
             fd.get_regs().map_err(host("KVM_GET_REGS"))?,
             fd.get_sregs().map_err(host("KVM_GET_SREGS"))?,
             fd.get_vcpu_events().map_err(host("KVM_GET_VCPU_EVENTS"))?,
         );
+        (state.keeps_events, state.pending_exceptions) = (shared.host_vmx, shared.pending_exceptions);
         Ok(Self {
             fd,
             shared,
@@ -224,6 +230,7 @@ impl KvmVcpu {
             kick: Arc::default(),
             timer: None,
             deadline: None,
+            takes_interrupt: false,
             failure: None,
         })
     }
@@ -554,6 +561,28 @@ impl KvmVcpu {
         result
     }
 
+    /// Gives KVM what is not part of the state that it shows where it serves VMX: interrupts, NMIs and CR8.
+    fn load_beside(&mut self, vmcs: &EngineVmcs, regs: &GuestRegs) -> Result<(), EngineError> {
+        if !self.shared.host_vmx {
+            return Ok(());
+        }
+        if self.run_structure().cr8 != regs.cr8 {
+            host_vmx::set_cr8(&self.fd, regs.cr8)?;
+        }
+        let info = vmcs.controls.entry_interruption;
+        match info.event_type() {
+            _ if !info.is_valid() => Ok(()),
+            EventType::External => {
+                host_vmx::interrupt(&self.fd, info.vector())?;
+                // There is room for one; the next run says when it has gone in.
+                self.run_structure().ready_for_interrupt_injection = 0;
+                Ok(())
+            }
+            EventType::Nmi => self.fd.nmi().map_err(host("KVM_NMI")),
+            _ => Ok(()),
+        }
+    }
+
     /// Runs the guest. `None` is a kick or the timer.
     fn run_guest(&mut self, vmcs: &EngineVmcs) -> Result<Option<u32>, Failure> {
         self.fd.set_kvm_immediate_exit(0);
@@ -585,14 +614,20 @@ impl KvmVcpu {
             return Err(Failure::Open);
         }
         self.shared.realise(vmcs.controls.eptp, vmcs.controls.msr_bitmap)?;
+        // Loaded with the system registers, if they are; else see below.
+        self.state.sregs.cr8 = regs.cr8;
         self.load(vmcs, regs)?;
+        self.load_beside(vmcs, regs)?;
         vmcs.controls.entry_interruption = InterruptionInfo::NONE;
         let window = vmcs.controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW_EXITING);
         let run = self.run_structure();
         run.request_interrupt_window = window.into();
         run.cr8 = regs.cr8;
         let reason = self.run_guest(vmcs)?;
-        regs.cr8 = self.run_structure().cr8;
+        let run = self.run_structure();
+        regs.cr8 = run.cr8;
+        let takes_interrupt = run.ready_for_interrupt_injection != 0;
+        self.takes_interrupt = takes_interrupt;
         self.state.show(vmcs, regs);
         if !self.is_light(reason) {
             self.show_system(vmcs, regs)?;
@@ -958,7 +993,17 @@ impl Vcpu for KvmVcpu {
             })
             .collect();
         let table = CpuId::from_entries(&entries).map_err(|e| unsupported(format!("{e:?}")))?;
-        self.fd.set_cpuid2(&table).map_err(host("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(&table).map_err(host("KVM_SET_CPUID2"))?;
+        if self.shared.host_vmx {
+            // After CPUID, which says whether there is such a register.
+            self.set_msr(msr::IA32_FEATURE_CONTROL, host_vmx::FEATURE_CONTROL)?;
+        }
+        Ok(())
+    }
+
+    /// KVM takes NMIs at any time, and an interrupt when it says so at an exit.
+    fn event_windows(&self) -> Option<EventWindows> {
+        self.shared.host_vmx.then_some(EventWindows { interrupt: self.takes_interrupt, nmi: true })
     }
 
     fn failure(&self) -> Option<&str> {

@@ -104,6 +104,12 @@ pub trait Engine: Send + Sync {
         false
     }
 
+    /// Whether VMX instructions of its guests are executed beneath it, by a host that virtualizes VMX itself. L0
+    /// sees neither them nor the guests that they start.
+    fn serves_vmx(&self) -> bool {
+        false
+    }
+
     /// Drops cached translations of all vCPUs. Takes effect in each vCPU before its next
     /// guest instruction.
     fn invalidate(&self, scope: InvalidateScope);
@@ -169,6 +175,15 @@ pub struct HandOvers {
     pub instructions: u64,
     /// Entries of contexts that only the second part can run.
     pub entries: u64,
+}
+
+/// Which events a vCPU takes at its next entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventWindows {
+    /// External interrupts.
+    pub interrupt: bool,
+    /// NMIs.
+    pub nmi: bool,
 }
 
 /// What CPUID gives for one leaf or subleaf.
@@ -257,6 +272,12 @@ pub trait Vcpu: Send {
     /// [`EngineError`] when the host does not take the table.
     fn set_cpuid(&mut self, _entries: &[CpuidEntry]) -> Result<(), EngineError> {
         Ok(())
+    }
+
+    /// Which events can be injected now, where that does not follow from the VMCS's RFLAGS and interruptibility
+    /// state, as these may be those of a guest of the guest ([`Engine::serves_vmx`]). `None`: it does.
+    fn event_windows(&self) -> Option<EventWindows> {
+        None
     }
 
     /// How often the engine handed the guest to another one, for engines that are made of two.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::{MachineEvent, Waiting};
-use engine::{Controls, Engine, EngineVmcs, GuestRegs, Monitor, Vcpu, VmExit, interruptibility};
+use engine::{
+    Controls, Engine, EngineVmcs, EventWindows, GuestRegs, Monitor, Vcpu, VmExit, interruptibility,
+};
 use exit_trace::Level;
 use machine::boot::BootState;
 use x86_spec::controls::PrimaryControls;
@@ -136,7 +138,7 @@ impl<E: Engine> VcpuLoop<E> {
         })?;
         vmcs.controls.tsc_offset = tsc.offset();
         let tsc_hz = engine.tsc_frequency().max(1);
-        let nested = if model.has_vmx() {
+        let nested = if model.has_vmx() && !engine.serves_vmx() {
             Some(Box::new(Nested::new(&vm, index, cr4, vm.vmcs_access())?))
         } else {
             None
@@ -542,22 +544,28 @@ impl<E: Engine> VcpuLoop<E> {
             e.inject(&mut self.vmcs.controls);
             return;
         }
-        let g = &self.vmcs.guest;
-        let blocked = |bits: u32| g.interruptibility & bits != 0;
-        let shadow = interruptibility::STI | interruptibility::MOV_SS;
+        let open = self.vcpu.event_windows().unwrap_or_else(|| self.windows());
         let vm = self.vm.clone();
         let interrupts = vm.board().interrupts();
-        if !blocked(shadow | interruptibility::NMI)
-            && interrupts.with_lapic(self.index, |l| l.take_nmi()) == Some(true)
-        {
+        if open.nmi && interrupts.with_lapic(self.index, |l| l.take_nmi()) == Some(true) {
             self.vmcs.controls.entry_interruption =
                 InterruptionInfo::new(exception::NMI, EventType::Nmi, false);
-        } else if !blocked(shadow)
-            && g.rflags & rflags::IF != 0
+        } else if open.interrupt
             && interrupts.has_interrupt(self.index)
             && let Some(vector) = interrupts.take_interrupt(self.index)
         {
             self.vmcs.controls.entry_interruption = InterruptionInfo::new(vector, EventType::External, false);
+        }
+    }
+
+    /// Which events the state in the VMCS lets in (SDM Vol. 3C §25.4.2).
+    fn windows(&self) -> EventWindows {
+        let g = &self.vmcs.guest;
+        let blocked = |bits: u32| g.interruptibility & bits != 0;
+        let shadow = interruptibility::STI | interruptibility::MOV_SS;
+        EventWindows {
+            interrupt: !blocked(shadow) && g.rflags & rflags::IF != 0,
+            nmi: !blocked(shadow | interruptibility::NMI),
         }
     }
 

@@ -32,7 +32,7 @@ pub struct VmConfig {
     pub ram: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Offer VMX to L1.
+    /// Offer VMX to L1: the engine's own where it [`Engine::serves_vmx`], else L0's.
     pub vmx: bool,
     /// How L1's VMREAD and VMWRITE are done.
     pub vmcs_access: VmcsAccess,
@@ -136,7 +136,10 @@ impl<E: Engine + 'static> VmBuilder<E> {
         let exits = PrimaryControls::MONITOR_EXITING | PrimaryControls::MWAIT_EXITING;
         let monitor = engine.supported_features(1, 0)[2] & 1 << 3 != 0;
         cpuid = cpuid.with_monitor(monitor && engine.capabilities().has_primary(exits));
-        if config.vmx && nested::is_possible(&*engine) {
+        if config.vmx && engine.serves_vmx() {
+            vmcs01::pass_through(&memory, msr_bitmap, vmcs01::vmx_msrs(), true)?;
+            cpuid = cpuid.with_vmx();
+        } else if config.vmx && nested::is_possible(&*engine) {
             cpuid = cpuid.with_vmx();
             if config.vmcs_access == VmcsAccess::Direct {
                 cpuid = cpuid.with_hyperv();

@@ -110,6 +110,12 @@ pub const PASS_THROUGH: &[u32] = &[
 /// each entry of its guest.
 const READ_THROUGH: &[u32] = &[msr::IA32_DEBUGCTL];
 
+/// MSRs that are the engine's as well where it executes VMX instructions itself: IA32_FEATURE_CONTROL and the
+/// capability MSRs (SDM Vol. 3D appendix A).
+pub fn vmx_msrs() -> impl Iterator<Item = u32> {
+    std::iter::once(msr::IA32_FEATURE_CONTROL).chain(msr::IA32_VMX_BASIC..=msr::IA32_VMX_VMFUNC)
+}
+
 /// The VPID of L1. 0 is L0's own (SDM Vol. 3C §29.1); L2s get the others.
 pub const VPID: u16 = 1;
 
@@ -182,20 +188,34 @@ pub fn controls(
 /// # Errors
 /// [`MemoryError::OutOfRange`] when `page` is not in machine memory.
 pub fn write_msr_bitmap(memory: &MachineMemory, page: MachineAddr, exact: bool) -> Result<(), MemoryError> {
-    let mut bitmap = [0xffu8; 4096];
-    let mut pass = |msr: u32, write: bool| {
-        // Low MSRs at 0 (read) and 800H (write), high ones at 400H and C00H.
-        let quarter = if msr >= 0xc000_0000 { 0x400 } else { 0 } + if write { 0x800 } else { 0 };
-        if let Some(b) = bitmap.get_mut(quarter + (msr & 0x1fff) as usize / 8) {
-            *b &= !(1 << (msr % 8));
-        }
-    };
-    for m in PASS_THROUGH {
-        pass(*m, false);
-        pass(*m, true);
-    }
+    memory.fill(page, 0xff, 4096)?;
+    pass_through(memory, page, PASS_THROUGH.iter().copied(), true)?;
     if exact {
-        READ_THROUGH.iter().for_each(|m| pass(*m, false));
+        pass_through(memory, page, READ_THROUGH.iter().copied(), false)?;
+    }
+    Ok(())
+}
+
+/// Has reads of `msrs`, and writes if `writes`, pass without an exit by the MSR bitmap at `page`.
+///
+/// # Errors
+/// As [`write_msr_bitmap`].
+pub fn pass_through(
+    memory: &MachineMemory,
+    page: MachineAddr,
+    msrs: impl IntoIterator<Item = u32>,
+    writes: bool,
+) -> Result<(), MemoryError> {
+    let mut bitmap = [0; 4096];
+    memory.read(page, &mut bitmap)?;
+    for msr in msrs {
+        // Low MSRs at 0 (read) and 800H (write), high ones at 400H and C00H.
+        let read = if msr >= 0xc000_0000 { 0x400 } else { 0 } + (msr & 0x1fff) as usize / 8;
+        for at in [Some(read), writes.then_some(read + 0x800)].into_iter().flatten() {
+            if let Some(b) = bitmap.get_mut(at) {
+                *b &= !(1 << (msr % 8));
+            }
+        }
     }
     memory.write(page, &bitmap)
 }

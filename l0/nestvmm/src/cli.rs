@@ -508,7 +508,7 @@ pub struct RunArgs {
     /// Offer VMX to the guest, so that it can be a hypervisor [default: on; off with --engine kvm, where it is
     /// incomplete]
     #[arg(long, value_enum)]
-    pub vmx: Option<OnOff>,
+    pub vmx: Option<VmxChoice>,
     /// How L1 accesses its VMCS
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
@@ -600,9 +600,10 @@ pub struct DoctorArgs {
 }
 
 impl RunArgs {
-    /// Whether the guest is offered VMX. On `/dev/kvm` only if it was asked for: see docs/unsupported.md.
-    pub fn offers_vmx(&self) -> bool {
-        self.vmx.unwrap_or(if self.engine == EngineChoice::Kvm { OnOff::Off } else { OnOff::On }) == OnOff::On
+    /// Which VMX the guest is offered. On `/dev/kvm` one only if it was asked for: see docs/unsupported.md.
+    pub fn vmx(&self) -> VmxChoice {
+        let default = if self.engine == EngineChoice::Kvm { VmxChoice::Off } else { VmxChoice::On };
+        self.vmx.unwrap_or(default)
     }
 }
 
@@ -652,6 +653,17 @@ pub enum ImageDisk {
     Rw,
     /// It does not see it.
     Off,
+}
+
+/// `--vmx`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VmxChoice {
+    /// That of nestvmm, which sees each exit of the guest's guests.
+    On,
+    /// None.
+    Off,
+    /// That of the host's KVM, if it has nested virtualization; with --engine kvm.
+    Host,
 }
 
 /// A switch.

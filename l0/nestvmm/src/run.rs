@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::Engine;
-use engine_kvm::HybridEngine;
+use engine_kvm::{HybridEngine, KvmEngine};
 use engine_soft::SoftEngine;
 use engine_soft::system::shadow_vmcs::{ShadowField, ShadowLayout};
 use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmError};
@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::{
     ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, IommuChoice, OnCrash, OnOff, OnReset,
-    RunArgs,
+    RunArgs, VmcsAccessChoice, VmxChoice,
 };
 use crate::console::{Console, Output};
 use crate::crash;
@@ -56,6 +56,9 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
         return Err(Failure::usage(
             "--ept-sync write-protect: KVM can't write-protect single pages; use --engine soft",
         ));
+    }
+    if args.vmx() == VmxChoice::Host {
+        check_host_vmx(args)?;
     }
     check_host_memory(args.memory.0)?;
     // Before anything is made that a signal must not leave behind.
@@ -111,6 +114,9 @@ fn run_machines(
 ) -> Result<End, Failure> {
     loop {
         let end = match args.engine {
+            EngineChoice::Kvm if args.vmx() == VmxChoice::Host => {
+                boot_once(KvmEngine::serving_vmx, args, files, disks, output, session, exec)?
+            }
             EngineChoice::Kvm => {
                 let kvm = |memory| kvm_engine(memory, args.translator == OnOff::On);
                 boot_once(kvm, args, files, disks, output, session, exec)?
@@ -189,7 +195,7 @@ fn boot_once<E: Engine + 'static>(
     let config = VmConfig {
         ram: args.memory.0,
         cpus: CPUS.into(),
-        vmx: args.offers_vmx(),
+        vmx: args.vmx() != VmxChoice::Off,
         vmcs_access: args.vmcs_access.into(),
         ept02: Ept02Config { pages: args.ept02_pages, sync: args.ept_sync.into() },
     };
@@ -359,6 +365,21 @@ fn read_module(
 ) -> Result<BootModule, Failure> {
     let (path, arguments) = option.split_once(' ').unwrap_or((option, ""));
     Ok(BootModule { file: read(Path::new(path))?, command_line: arguments.to_owned() })
+}
+
+/// Options that say something about VMX which L0 has no part in.
+fn check_host_vmx(args: &RunArgs) -> Result<(), Failure> {
+    if args.engine != EngineChoice::Kvm {
+        return Err(Failure::usage(
+            "--vmx host: this is the VMX of the host's KVM; add --engine kvm, or leave it out for nestvmm's own VMX",
+        ));
+    }
+    if args.vmcs_access != VmcsAccessChoice::Shadow {
+        return Err(Failure::usage(
+            "--vmx host: how the guest accesses its VMCS is the host's business; leave out --vmcs-access",
+        ));
+    }
+    Ok(())
 }
 
 /// RAM that is larger than the host's can only end badly.

@@ -345,12 +345,15 @@ fn return_stack_segment(cpu: &mut Cpu, selector: u16, cpl: u8, cs: &Segment) -> 
 }
 
 /// On a return to an outer level, data segments that it may not use become null
-/// (SDM Vol. 3A §5.8.6).
+/// (SDM Vol. 3A §5.8.6). A null selector points to no segment, whatever VM entry put into the hidden part: KVM as a
+/// hypervisor in L1 gives its guest, after an exit of that one's guest, a usable FS with a null selector, DPL 0 and
+/// the base of a thread at CPL 3.
 fn drop_inner_segments(cpu: &mut Cpu) {
     for index in [seg::ES, seg::DS, seg::FS, seg::GS] {
-        let a = cpu.segments[index].access;
+        let Segment { access: a, selector, .. } = cpu.segments[index];
         let restricted = !(a.is_code() && a.conforming());
-        if !a.unusable() && restricted && a.dpl() < cpu.cpl {
+        let is_null = selector & !3 == 0;
+        if !is_null && !a.unusable() && restricted && a.dpl() < cpu.cpl {
             cpu.set_segment(index, NULL);
         }
     }

@@ -426,6 +426,25 @@ fn iret_to_user() {
     assert_eq!(s.interruptibility, 0);
 }
 
+/// IRET to CPL 3 makes a segment register null that points to a segment of DPL 0 (SDM Vol. 3A §5.8.6). One that VM entry
+/// loaded with a null selector points to none, so its base stays.
+#[test]
+fn iret_to_user_keeps_bases_of_null_segments() {
+    for (selector, base) in [(0, 0x7f00_1122_3000), (3, 0x7f00_1122_3000), (sel::DATA, 0)] {
+        let mut g = Guest::long(&[0x48, 0xcf]).with(gpr::RSP, STACK - 40).patch(|g| {
+            let fs = &mut g.vmcs.guest.segments[seg::FS];
+            (fs.selector, fs.base, fs.access) = (selector, 0x7f00_1122_3000, AccessRights(0xc093));
+            let frame = [CODE + 0x100, sel::USER_CODE64 as u64, 0x202, DATA, sel::USER_DATA as u64];
+            for (n, v) in frame.iter().enumerate() {
+                g.write64(STACK - 40 + n as u64 * 8, *v);
+            }
+            g.write(CODE + 0x100, &[0x0f, 0xa2]);
+        });
+        g.expect(R::Cpuid);
+        assert_eq!(g.vmcs.guest.segments[seg::FS].base, base, "selector {selector:#x}");
+    }
+}
+
 /// IRET in 64-bit mode with NT is #GP(0); NMIs are unblocked all the same.
 #[test]
 fn iret_with_nt_faults() {
