@@ -205,3 +205,6 @@ pub fn dmar(max_phys_bits: u8) -> Dmar {
     let unit = Drhd { base: VTD_BASE, include_all: true, scopes: vec![io_apic] };
     Dmar { host_address_width: max_phys_bits, units: vec![unit] }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@ mod disks;
 mod docs;
 mod exec;
 mod input;
+mod iommu;
 mod linux;
 mod nested;
 mod payloads;
