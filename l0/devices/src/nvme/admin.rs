@@ -81,7 +81,7 @@ impl Access<'_> {
             ABORT => Ok(Some(1)),
             SET_FEATURES => self.set_features(c),
             GET_FEATURES => self.get_features(c),
-            ASYNC_EVENT_REQUEST => return self.async_event_request(c),
+            ASYNC_EVENT_REQUEST => self.async_event_request(c),
             _ => Err(Status::INVALID_OPCODE.into()),
         }
     }
