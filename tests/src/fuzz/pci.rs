@@ -119,7 +119,7 @@ impl Guest<'_> {
     /// Mostly an address in RAM.
     fn address(&mut self) -> u64 {
         let value = self.b.u64();
-        if value & 15 == 0 { value >> 4 } else { (value >> 4) % (RAM + 0x1000) & !(value & 3) }
+        if value & 15 == 0 { value >> 4 } else { ((value >> 4) % (RAM + 0x1000)) & !(value & 3) }
     }
 
     /// Starts a virtio device and offers up to sixteen requests of the input's; how many it did.

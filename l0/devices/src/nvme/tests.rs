@@ -221,7 +221,8 @@ fn blocks_are_written_and_read_through_every_form_of_pointers() {
     let ends = (page(130) - DATA) as usize;
     let whole: Vec<u64> = (0..128).map(page).collect();
     put_list(&d, list, &whole[1..]);
-    let cases: [(u32, [u64; 2], Vec<(u64, usize)>); 5] = [
+    type Case = (u32, [u64; 2], Vec<(u64, usize)>);
+    let cases: [Case; 5] = [
         (1, [page(0) + 0x200, 0], vec![(page(0) + 0x200, 512)]),
         (8, [page(0), 0], vec![(page(0), 4096)]),
         (9, [page(0) + 0x400, page(1)], vec![(page(0) + 0x400, 3072), (page(1), 1536)]),
