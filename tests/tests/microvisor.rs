@@ -129,9 +129,14 @@ fn counts(finished: &Finished) -> [usize; 3] {
 /// Runs the whole suite; every case that is listed must have run, and none failed. What may be missing is what L0
 /// does not offer: fewer than `skips` cases, and `missing_exits` exit reasons that only they cause.
 fn suite(options: &[&str], skips: usize, missing_exits: usize) -> Finished {
-    let listed = run(options, "list").output.lines().filter(|l| l.starts_with("case ")).count();
     let finished = run(options, "verbose");
-    let [passed, failed, skipped] = counts(&finished);
+    check_suite(&finished, skips, missing_exits);
+    finished
+}
+
+fn check_suite(finished: &Finished, skips: usize, missing_exits: usize) {
+    let listed = run(&[], "list").output.lines().filter(|l| l.starts_with("case ")).count();
+    let [passed, failed, skipped] = counts(finished);
     let failures: Vec<_> = finished.output.lines().filter(|l| l.starts_with("FAIL")).collect();
     assert!(failures.is_empty(), "{failures:#?}");
     finished.expect_status(1);
@@ -145,7 +150,6 @@ fn suite(options: &[&str], skips: usize, missing_exits: usize) -> Finished {
         exits - missing_exits
     );
     assert!(finished.output.lines().any(|l| l == all), "{}", finished.output);
-    finished
 }
 
 #[test]
@@ -190,6 +194,49 @@ fn vmx_aborts_end_the_run() {
         assert!(finished.errors.contains(message), "{what}: {}", finished.errors);
         assert!(!finished.output.contains("FAIL"), "{what}: {}", finished.output);
     }
+}
+
+/// Whatever this host's KVM is: what it gets wrong or can't do, the software CPU does. A KVM that is used has no
+/// performance counters and no MONITOR for guests, and with SVM fewer features still.
+#[test]
+fn every_case_with_kvm() {
+    let opened = fs::File::options().read(true).write(true).open("/dev/kvm").map_err(|e| e.to_string());
+    match opened.and_then(|_| engine_kvm::probe().map_err(|e| e.to_string())) {
+        Err(why) => eprintln!("skipped: /dev/kvm can't be used: {why}"),
+        Ok(probe) => {
+            let used = probe.flaws.is_empty();
+            let finished = run(&["--engine", "kvm", "--vmx", "on"], "verbose");
+            assert_eq!(finished.errors.contains("can't be trusted"), !used, "{}", finished.errors);
+            let (skips, missing) = if used { (40, without_instructions(&finished)) } else { (20, 0) };
+            check_suite(&finished, skips, missing);
+        }
+    }
+}
+
+/// How many exit reasons were not covered, if only such as a guest of KVM has no instructions for: RDPMC, MONITOR and MWAIT,
+/// XSAVES and XRSTORS.
+fn without_instructions(finished: &Finished) -> usize {
+    const NOT_ON_KVM: usize = 5;
+    let line = finished.output.lines().rfind(|l| l.starts_with("coverage: ")).unwrap_or_default();
+    let covered = line.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+    let missing = microvisor::EXITS.len().saturating_sub(covered);
+    assert!(missing <= NOT_ON_KVM, "{line}");
+    missing
+}
+
+/// The same in L1, whose KVM is one with hardware for what it knows.
+#[test]
+fn every_case_with_kvm_in_l1() {
+    let command = "cat > /tmp/microvisor && nestvmm run --memory 64M --debug-exit --on-reset exit \
+        --kernel /tmp/microvisor --engine kvm --vmx on --append verbose --exit-stats </dev/null";
+    let image = tests::artifacts::Kernel::Cloud.image();
+    let mut process = Launch::new(["run", "--memory", "1G"]).path(image).args(&["--exec", command]).start();
+    process.type_bytes(&fs::read(microvisor::IMAGE).expect("the microvisor is built"));
+    process.close_input();
+    let finished = process.finish(LIMIT);
+    assert!(!finished.errors.contains("can't be trusted"), "{}", finished.errors);
+    check_suite(&finished, 40, without_instructions(&finished));
+    assert!(finished.errors.contains("left by KVM to the software engine"), "{}", finished.errors);
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! KVM and another engine as one: KVM runs the contexts that it can deliver every demanded exit of
 //! ([`can_run`]), the other one, which is exact, runs the rest over the same memory and state.
 //!
-//! Code with many VMX instructions would go back and forth all the time: after a few instructions in a row the
-//! other engine goes on for a millisecond.
-//!
 //! It also executes what KVM can't: an instruction that KVM fails to emulate, and one that KVM answered with
 //! #UD or #GP although L0 has it (the VMX instructions, CR4.VMXE). For the latter KVM has breakpoints at the
 //! guest's handlers of these vectors; at one, the fault is taken back and the instruction executed again by the
-//! other engine. There it exits, completes, or faults again, and then the fault is the guest's.
+//! other engine. There it exits, completes, or faults again, and then the fault is the guest's. The other engine goes on
+//! until there has been nothing of that kind for some time.
 //!
 //! A KVM that gets wrong what nobody can put right ([`Flaw`]) runs nothing at all.
 //!
@@ -16,9 +14,10 @@
 //!
 //! CR4.VMXE is in KVM's CR4 where KVM takes it, which it does when it could do VMX itself.
 //!
-//! Not supported: taking back faults of 16- and 32-bit kernels; CR4.VMXE on other hosts: a guest that reads CR4
-//! under KVM sees 0, and a write that clears it does not exit; writes to CR0 and CR4 that VMX operation forbids; a
-//! guest's own breakpoints from when it reads IA32_VMX_BASIC, when ours start.
+//! Not supported, while it is KVM that runs a hypervisor: CR4.VMXE on other hosts (a guest that reads CR4 sees 0, and a
+//! write that clears it does not exit); writes to CR0 and CR4 that VMX operation forbids; VMCALL where KVM takes it for a
+//! hypercall; a switch to legacy mode between two exits; on AMD processors, breakpoints that a hypervisor sets for
+//! itself between two exits.
 
 use std::sync::Arc;
 
@@ -42,12 +41,13 @@ use crate::{KvmEngine, KvmVcpu, host_tsc};
 
 /// IA32_VMX_BASIC: whoever is about to use VMX reads the revision identifier in it.
 const IA32_VMX_BASIC: u64 = 0x480;
-/// After so many single instructions without a pause the exact engine goes on for a while.
-const STREAK: u32 = 4;
-/// A pause, in ticks of the TSC: some hand-overs.
-const PAUSE: u64 = 200_000;
-/// How long it goes on, in ticks of the preemption timer: about a millisecond.
+/// How many instructions the exact engine goes on for after what KVM can't do: a few times what it would execute in the
+/// time that a hand-over takes. Not a time, so that how busy the host is does not decide what KVM runs.
+const LINGER: u64 = 50_000;
+/// How often it is looked at whether these are over, in ticks of the preemption timer: about every millisecond.
 const QUANTUM: u32 = 1 << 16;
+/// DR7: a breakpoint is enabled, or general detection (SDM Vol. 3B §18.2.4).
+const DR7_ENABLES: u64 = 0xff | 1 << 13;
 /// "No deadline", as L0 says it.
 const NEVER: u32 = u32::MAX;
 
@@ -90,8 +90,10 @@ pub fn can_run(vmcs: &EngineVmcs, kvm: &VmxCapabilities) -> Result<(), NotForKvm
     if c.exception_bitmap != 0 {
         return Err(NotForKvm::Exceptions(c.exception_bitmap));
     }
-    // Reserved bits that must be 1 mean nothing.
-    let lacking = c.primary - KEPT - PrimaryControls::from_bits_truncate(kvm.primary.may_be_one);
+    // Reserved bits that must be 1 mean nothing. KVM looks for an NMI window once in a while, instructions too late.
+    let can =
+        PrimaryControls::from_bits_truncate(kvm.primary.may_be_one) - PrimaryControls::NMI_WINDOW_EXITING;
+    let lacking = c.primary - KEPT - can;
     if !lacking.is_empty() {
         return Err(NotForKvm::Control(lacking));
     }
@@ -162,12 +164,12 @@ impl<S: Engine> Engine for HybridEngine<S> {
             kick,
             shown: true,
             wrote: false,
+            mapped: false,
             watches: false,
             breakpoints: [0; 2],
             trusts: self.flaws.is_empty(),
             takes_vmxe: false,
-            stepped: 0,
-            streak: 0,
+            lingers: 0,
             count: HandOvers::default(),
         })
     }
@@ -204,6 +206,8 @@ pub struct HybridVcpu<S: Engine> {
     shown: bool,
     /// KVM's guest may have written code that the exact engine has decoded.
     wrote: bool,
+    /// And paging structures that the exact engine has translations from.
+    mapped: bool,
     /// Faults are to be taken back.
     watches: bool,
     /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
@@ -212,9 +216,8 @@ pub struct HybridVcpu<S: Engine> {
     trusts: bool,
     /// KVM takes CR4.VMXE.
     takes_vmxe: bool,
-    /// When the exact engine last ran a context of KVM's, by the TSC, and how often in a row it did.
-    stepped: u64,
-    streak: u32,
+    /// Up to which instruction of its own the exact engine runs KVM's contexts.
+    lingers: u64,
     count: HandOvers,
 }
 
@@ -235,91 +238,94 @@ impl<S: Engine> HybridVcpu<S> {
         Ok(())
     }
 
-    fn enter_kvm(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
+    /// Runs a context that KVM can run, by KVM or not, until L0 has to know.
+    fn enter_lenient(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
         let ticks = vmcs.guest.preemption_timer;
         let deadline = host_tsc().saturating_add(u64::from(ticks) << PREEMPTION_TIMER_SHIFT);
+        let left = || match ticks {
+            NEVER => NEVER,
+            _ => (deadline.saturating_sub(host_tsc()) >> PREEMPTION_TIMER_SHIFT) as u32,
+        };
         loop {
-            // A fault that L0 raises must not be taken back at the handler.
-            if !(self.watches && injects_watched(vmcs)) {
-                if self.shown {
-                    self.kvm.load_vectors(regs)?;
-                }
-                self.watch(vmcs)?;
-                (self.shown, self.wrote) = (false, true);
-                self.show_vmxe(vmcs);
-                let result = self.kvm.try_enter(vmcs, regs);
-                self.hide_vmxe(vmcs);
-                match result {
-                    Err(Failure::Internal { .. }) => {
-                        let (info, code) = self.kvm.undelivered();
-                        (vmcs.controls.entry_interruption, vmcs.controls.entry_error_code) = (info, code);
-                    }
-                    Err(Failure::Breakpoint) => self.take_back(vmcs),
-                    other => {
-                        self.notice(&other, regs);
-                        return other;
-                    }
-                }
-            }
-            let exit = if self.is_streak() { self.go_on(vmcs, regs)? } else { self.step(vmcs, regs)? };
-            self.stepped = host_tsc();
-            let left = match ticks {
-                NEVER => NEVER,
-                _ => (deadline.saturating_sub(self.stepped) >> PREEMPTION_TIMER_SHIFT) as u32,
+            let exit = if self.kvm.is_unfinished() || !self.lingers(vmcs) {
+                self.enter_kvm(vmcs, regs)?
+            } else {
+                Some(self.go_on(vmcs, regs)?)
             };
-            vmcs.guest.preemption_timer = left;
-            match exit.reason {
-                ExitReason::MonitorTrapFlag => {}
-                ExitReason::PreemptionTimer if left > 0 => {}
-                _ => return Ok(exit),
+            match exit {
+                // The exact engine may have gone on long enough.
+                Some(VmExit { reason: ExitReason::PreemptionTimer, .. }) if left() > 0 => {}
+                Some(exit) => {
+                    self.notice(&exit, regs);
+                    return Ok(exit);
+                }
+                None => {}
             }
-            if left == 0 {
-                return Ok(VmExit::new(ExitReason::PreemptionTimer));
-            }
+            vmcs.guest.preemption_timer = left();
         }
     }
 
-    /// Whether KVM has just failed several times in a row.
-    fn is_streak(&mut self) -> bool {
-        let pause = host_tsc().saturating_sub(self.stepped);
-        self.streak = if pause < PAUSE { self.streak.saturating_add(1) } else { 0 };
-        self.streak >= STREAK
+    /// Runs KVM. `None` if the exact engine has to go on.
+    fn enter_kvm(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<Option<VmExit>, Failure> {
+        // A fault that L0 raises must not be taken back at the handler.
+        if self.watches && injects_watched(vmcs) && !self.kvm.is_unfinished() {
+            self.linger();
+            return Ok(None);
+        }
+        if self.shown {
+            self.kvm.load_vectors(regs)?;
+        }
+        self.watch(vmcs)?;
+        (self.shown, self.wrote, self.mapped) = (false, true, true);
+        self.show_vmxe(vmcs);
+        let result = self.kvm.try_enter(vmcs, regs);
+        self.hide_vmxe(vmcs);
+        match result {
+            Err(Failure::Internal { .. }) => {
+                let (info, code) = self.kvm.undelivered();
+                (vmcs.controls.entry_interruption, vmcs.controls.entry_error_code) = (info, code);
+            }
+            Err(Failure::Breakpoint) => self.take_back(vmcs),
+            other => return other.map(Some),
+        }
+        self.show(vmcs, regs)?;
+        self.count.instructions += 1;
+        self.linger();
+        Ok(None)
     }
 
-    /// Has the exact engine run a context of KVM's for a while.
+    /// Has the exact engine run KVM's contexts for a while. Where KVM can't do one thing there are others nearby, and a
+    /// hand-over costs as much as some thousand instructions.
+    fn linger(&mut self) {
+        self.lingers = self.soft.instructions().saturating_add(LINGER);
+    }
+
+    /// Whether the exact engine is to run a context that KVM can run. With VMX, it has all of legacy mode, where no
+    /// handlers are found, and what is debugged by breakpoints, as KVM has ours in their place.
+    fn lingers(&self, vmcs: &EngineVmcs) -> bool {
+        let g = &vmcs.guest;
+        self.soft.instructions() < self.lingers
+            || self.watches && (g.efer & efer::LMA == 0 || self.shown && g.dr7 & DR7_ENABLES != 0)
+    }
+
+    /// Has the exact engine run a context of KVM's for a while, or as long as L0 says.
     fn go_on(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
         self.show(vmcs, regs)?;
-        self.count.entries += 1;
-        if std::mem::take(&mut self.wrote) {
-            self.memory.written_anywhere();
+        self.take_over();
+        // KVM's guest changed its paging structures without a word.
+        if std::mem::take(&mut self.mapped) {
+            self.engine.invalidate(InvalidateScope::Vpid(vmcs.controls.vpid));
         }
-        self.engine.invalidate(InvalidateScope::Vpid(vmcs.controls.vpid));
         vmcs.guest.preemption_timer = vmcs.guest.preemption_timer.min(QUANTUM);
+        self.count.entries += 1;
         Ok(self.soft.enter(vmcs, regs))
     }
 
-    /// Has the exact engine execute one instruction of a context of KVM's, or deliver the event that waits.
-    fn step(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<VmExit, Failure> {
-        self.show(vmcs, regs)?;
-        self.count.instructions += 1;
-        for (at, len) in self.kvm.code_at(linear_rip(vmcs)) {
-            self.memory.written(at, len);
+    /// The exact engine drops code that KVM's guest may have written.
+    fn take_over(&mut self) {
+        if std::mem::take(&mut self.wrote) {
+            self.memory.written_anywhere();
         }
-        // KVM's guest changed its tables without a word.
-        self.engine.invalidate(InvalidateScope::Vpid(vmcs.controls.vpid));
-        let exit = self.step_again(vmcs, regs);
-        // A fault that KVM was right about leads to the handler, where the breakpoint is.
-        if exit.reason == ExitReason::MonitorTrapFlag && self.breakpoints.contains(&linear_rip(vmcs)) {
-            return Ok(self.step_again(vmcs, regs));
-        }
-        Ok(exit)
-    }
-
-    fn step_again(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
-        vmcs.controls.primary |= PrimaryControls::MONITOR_TRAP_FLAG;
-        let exit = self.soft.enter(vmcs, regs);
-        vmcs.controls.primary -= PrimaryControls::MONITOR_TRAP_FLAG;
-        exit
     }
 
     /// L0 has CR4.VMXE in the read shadow alone; KVM, where it takes the bit, in CR4.
@@ -341,14 +347,17 @@ impl<S: Engine> HybridVcpu<S> {
 
     // ---- faults that are taken back ---------------------------------------------------------------
 
-    /// Notices a guest that is about to use VMX.
-    fn notice(&mut self, exit: &Result<VmExit, Failure>, regs: &GuestRegs) {
-        if let Ok(VmExit { reason: ExitReason::Rdmsr, .. }) = exit
-            && regs.gpr[gpr::RCX] & 0xffff_ffff == IA32_VMX_BASIC
-        {
+    /// Notices a guest that is about to use VMX, or does.
+    fn notice(&mut self, exit: &VmExit, regs: &GuestRegs) {
+        let asks = exit.reason == ExitReason::Rdmsr && regs.gpr[gpr::RCX] & 0xffff_ffff == IA32_VMX_BASIC;
+        let uses = is_vmx_instruction(exit.reason);
+        if (asks || uses) && !self.watches {
             self.watches = true;
             // The IDT may be elsewhere after any exit.
             self.kvm.show_all_at_exits();
+        }
+        if uses {
+            self.linger();
         }
     }
 
@@ -420,6 +429,26 @@ impl<S: Engine> HybridVcpu<S> {
     }
 }
 
+/// Whether it is the exit of a VMX instruction.
+fn is_vmx_instruction(reason: ExitReason) -> bool {
+    use ExitReason as R;
+    matches!(
+        reason,
+        R::Vmcall
+            | R::Vmclear
+            | R::Vmlaunch
+            | R::Vmptrld
+            | R::Vmptrst
+            | R::Vmread
+            | R::Vmresume
+            | R::Vmwrite
+            | R::Vmxoff
+            | R::Vmxon
+            | R::Invept
+            | R::Invvpid
+    )
+}
+
 /// Whether the entry delivers #UD or #GP.
 fn injects_watched(vmcs: &EngineVmcs) -> bool {
     let info = vmcs.controls.entry_interruption;
@@ -429,31 +458,23 @@ fn injects_watched(vmcs: &EngineVmcs) -> bool {
 #[cfg(test)]
 mod tests;
 
-/// RIP as a linear address.
-fn linear_rip(vmcs: &EngineVmcs) -> u64 {
-    let g = &vmcs.guest;
-    let cs = &g.segments[seg::CS];
-    if g.efer & efer::LMA != 0 && cs.access.long() {
-        g.rip
-    } else {
-        cs.base.wrapping_add(g.rip) & 0xffff_ffff
-    }
-}
-
 impl<S: Engine> Vcpu for HybridVcpu<S> {
     fn enter(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> VmExit {
         let runs = if self.trusts { can_run(vmcs, &self.capabilities) } else { Err(NotForKvm::Flawed) };
         let result = match runs {
-            Ok(()) => self.enter_kvm(vmcs, regs),
+            Ok(()) => self.enter_lenient(vmcs, regs),
             Err(why) => {
                 tracing::trace!("not for KVM: {why}");
-                self.show(vmcs, regs).map(|()| {
-                    if std::mem::take(&mut self.wrote) {
-                        self.memory.written_anywhere();
-                    }
+                let result = self.show(vmcs, regs).map(|()| {
+                    self.take_over();
                     self.count.entries += 1;
                     self.soft.enter(vmcs, regs)
-                })
+                });
+                // L1 will look at its guest's exit.
+                if !vmcs.controls.lenient {
+                    self.linger();
+                }
+                result
             }
         };
         result.unwrap_or_else(|failure| self.kvm.failed(&failure, vmcs))

@@ -42,8 +42,6 @@ const NMI_POLLS_PER_SECOND: u64 = 1000;
 /// How many accesses one instruction may make in [`Vcpu::settle`]. KVM splits long string
 /// instructions itself; this only bounds a KVM that does not.
 const MAX_ACCESSES: usize = 1 << 16;
-/// Longest instruction in bytes (SDM Vol. 2A §2.3.11).
-const MAX_INSTRUCTION: usize = 15;
 /// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`, which `kvm-ioctls` has for other processors only.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 
@@ -335,7 +333,9 @@ impl KvmVcpu {
             self.fd.set_debug_regs(&debug).map_err(host("KVM_SET_DEBUGREGS"))?;
         }
         for (i, (index, value)) in CONTEXT_MSRS.into_iter().zip(want.msrs).enumerate() {
-            if old.as_ref().is_none_or(|o| o.msrs[i] != value) {
+            // A new vCPU has 0 in it; a KVM without this MSR would log a warning.
+            let before = old.as_ref().map(|o| o.msrs[i]).or((index == msr::IA32_DEBUGCTL).then_some(0));
+            if before != Some(value) {
                 self.set_msr(index, value)?;
             }
         }
@@ -465,6 +465,8 @@ impl KvmVcpu {
             debug.arch.debugreg[i] = *address;
             // Gn; condition and length 0 are those of an instruction (SDM Vol. 3B §18.2.4).
             debug.arch.debugreg[7] |= 2 << (2 * i);
+            // GD: what the guest does with debug registers stops too, where KVM looks at this bit (on Intel processors).
+            debug.arch.debugreg[7] |= 1 << 13;
         }
         self.fd.set_guest_debug(&debug).map_err(host("KVM_SET_GUEST_DEBUG"))
     }
@@ -491,14 +493,6 @@ impl KvmVcpu {
     /// The event that KVM has not delivered, taken from it.
     pub(crate) fn undelivered(&self) -> (InterruptionInfo, u32) {
         self.state.interrupted_event()
-    }
-
-    /// Where the instruction bytes at a linear address are in machine memory, for whoever decodes them.
-    pub(crate) fn code_at(&self, linear: u64) -> Vec<(MachineAddr, u64)> {
-        let mut found = Vec::new();
-        // What can't be translated is not there to be decoded either.
-        let _ = self.pieces(linear, MAX_INSTRUCTION, |at, r| found.push((at, r.len() as u64)));
-        found
     }
 
     /// `len` bytes at a linear address, if they are mapped.

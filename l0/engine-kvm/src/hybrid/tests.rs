@@ -118,6 +118,9 @@ fn a_context_that_demands_exits_is_not_for_kvm() {
     assert_eq!(can_run(&vmcs, &kvm), Ok(()));
     vmcs.controls.primary |= PrimaryControls::RDTSC_EXITING;
     assert_eq!(can_run(&vmcs, &kvm), Err(NotForKvm::Control(PrimaryControls::RDTSC_EXITING)));
+    // An NMI window opens after IRET, not some time later (SDM Vol. 3C §26.2).
+    vmcs.controls.primary = PrimaryControls::NMI_WINDOW_EXITING;
+    assert_eq!(can_run(&vmcs, &kvm), Err(NotForKvm::Control(PrimaryControls::NMI_WINDOW_EXITING)));
     vmcs.controls.primary = PrimaryControls::empty();
     vmcs.controls.exception_bitmap = 1 << 14;
     assert_eq!(can_run(&vmcs, &kvm), Err(NotForKvm::Exceptions(1 << 14)));
