@@ -79,6 +79,8 @@ pub struct Bar {
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
     bytes: Box<[u8]>,
+    /// What they are after power-up.
+    initial: Box<[u8]>,
     /// Bits that writes change.
     writable: Box<[u8]>,
     bars: [Option<Bar>; BARS],
@@ -103,6 +105,7 @@ impl ConfigSpace {
         let zeroes = || vec![0u8; CONFIG_SIZE].into_boxed_slice();
         let mut c = Self {
             bytes: zeroes(),
+            initial: zeroes(),
             writable: zeroes(),
             bars: [None; BARS],
             next: HEADER_END,
@@ -143,10 +146,12 @@ impl ConfigSpace {
         self.put(offset, &value.to_le_bytes());
     }
 
-    /// Sets bytes, read-only bits too.
+    /// Sets bytes, read-only bits too, also for after a reset.
     pub fn put(&mut self, offset: usize, bytes: &[u8]) {
-        if let Some(to) = self.bytes.get_mut(offset..offset + bytes.len()) {
-            to.copy_from_slice(bytes);
+        for to in [&mut self.bytes, &mut self.initial] {
+            if let Some(to) = to.get_mut(offset..offset + bytes.len()) {
+                to.copy_from_slice(bytes);
+            }
         }
     }
 
@@ -249,11 +254,12 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes writable bits back to zero, but for the interrupt line (a function-level reset, §6.6.2).
+    /// Gives writable bits their values after power-up, but for the interrupt line (a function-level reset, §6.6.2).
     pub fn reset(&mut self) {
-        for (at, (byte, mask)) in self.bytes.iter_mut().zip(self.writable.iter()).enumerate() {
+        let values = self.bytes.iter_mut().zip(self.initial.iter().zip(self.writable.iter()));
+        for (at, (byte, (initial, mask))) in values.enumerate() {
             if at != INTERRUPT_LINE {
-                *byte &= !mask;
+                *byte = *byte & !mask | initial & mask;
             }
         }
     }
@@ -307,6 +313,33 @@ mod tests {
         c.write(INTERRUPT_LINE, 1, 11);
         c.reset();
         assert_eq!((c.command(), c.read(INTERRUPT_LINE, 1)), (0, 11));
+    }
+
+    proptest::proptest! {
+        /// Whatever is written, read-only bits keep their values and writable ones have the last that was written.
+        #[test]
+        fn writes_of_any_kind_leave_read_only_bits_alone(
+            writes in proptest::collection::vec((0..0x120usize, 0..3u8, proptest::prelude::any::<u32>()), 0..40),
+        ) {
+            let mut c = space();
+            c.add_bar(0, Bar { size: 0x4000, prefetchable: false, wide: true });
+            c.add_capability(5, &[0x80; 12], &[0x71, 0, 0xfc, 0xff]);
+            let fresh = c.clone();
+            let mut expected: Vec<u8> = (0..CONFIG_SIZE).map(|at| fresh.read(at, 1) as u8).collect();
+            for (at, log2, value) in writes {
+                let size = 1u8 << log2;
+                c.write(at, size, value);
+                for (i, new) in value.to_le_bytes().iter().enumerate().take(size.into()) {
+                    let mask = fresh.writable[at + i];
+                    expected[at + i] = expected[at + i] & !mask | new & mask;
+                }
+            }
+            let now: Vec<u8> = (0..CONFIG_SIZE).map(|at| c.read(at, 1) as u8).collect();
+            proptest::prop_assert!(now == expected);
+            c.reset();
+            let reset = (0..CONFIG_SIZE).filter(|at| *at != INTERRUPT_LINE);
+            proptest::prop_assert!(reset.into_iter().all(|at| c.read(at, 1) == fresh.read(at, 1)));
+        }
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub fn take_function_reset(c: &mut ConfigSpace, at: usize) -> bool {
     if control & INITIATE_RESET == 0 {
         return false;
     }
-    c.set_u16(at + DEVICE_CONTROL, control & !INITIATE_RESET);
+    c.write(at + DEVICE_CONTROL, 2, u32::from(control & !INITIATE_RESET));
     true
 }
 
