@@ -1,5 +1,5 @@
 //! Intel VT-d as L1 sees it: DMA remapping, interrupt remapping and interrupt posting, behind the register
-//! file that Linux's `intel_iommu` driver, Xen and others program.
+//! file that Linux's `intel_iommu` driver programs.
 //!
 //! Pure logic over L1's memory, which is reached through [`IoMemory`]: no devices, no I/O.
 //!
