@@ -53,7 +53,7 @@ const _: () = {
     while i < InstructionError::ALL.len() {
         let error = InstructionError::ALL[i];
         let row = find(microvisor::ERRORS, error.number());
-        if error.never().is_some() {
+        if vmx_emu::explain::never(error).is_some() {
             assert!(row.is_none(), "a VM-instruction error that never occurs has a case");
         } else {
             causes(row);
@@ -154,7 +154,32 @@ fn check_suite(finished: &Finished, skips: usize, missing_exits: usize) {
 
 #[test]
 fn every_case_with_trapped_vmcs_accesses() {
-    suite(&["--vmcs-access", "trapped"], 20, 0);
+    let trace = tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path();
+    let trace = trace.to_str().expect("its path is UTF-8");
+    suite(&["--vmcs-access", "trapped", "--trace-exits", trace], 20, 0);
+    failed_instructions_are_in_the_trace(trace);
+}
+
+/// The suite causes every VM-instruction error that can occur, by VM entries and other instructions; errors by their
+/// numbers and texts of SDM Vol. 3D table 31-1.
+fn failed_instructions_are_in_the_trace(trace: &str) {
+    let show = &Launch::new(["trace", "show", "--reason", "VMLAUNCH", trace]).run(LIMIT).output;
+    let summary = &Launch::new(["trace", "summary", trace]).run(LIMIT).output;
+    for how in [
+        "VMfailInvalid",
+        "VMfailValid 7: VM entry with invalid control field(s)",
+        "VMfailValid 8: VM entry with invalid host-state field(s)",
+        "VMfailValid 26: VM entry with events blocked by MOV SS",
+    ] {
+        let marked = show.lines().filter(|l| l.contains(&format!(" {how} guest "))).count();
+        assert!(marked > 0, "{how}: {show}");
+        assert!(summary.contains(&format!("\n{marked} VMLAUNCH failed: {how}\n")), "{how}: {summary}");
+    }
+    for e in vmx_emu::InstructionError::ALL {
+        let text = format!(" failed: VMfailValid {}: {}\n", e.number(), e.description());
+        let can = vmx_emu::explain::never(*e).is_none();
+        assert_eq!(summary.contains(&text), can, "{text}{summary}");
+    }
 }
 
 #[test]

@@ -380,12 +380,12 @@ fn instructions(out: &mut String, caps: &Capabilities) {
     raised.extend(errors_in("vmx-emu/src/checks/report.rs"));
     out.push_str("\n### VM-instruction errors\n\n| Number | Meaning | Can occur |\n|---|---|---|\n");
     for e in InstructionError::ALL {
-        let can = match e.never() {
+        let can = match vmx_emu::explain::never(*e) {
             Some(why) => format!("no: {why}"),
             None => "yes".into(),
         };
         // Read-only fields are for engines of other capabilities, and the code has their rule.
-        let rule = e.never().is_none() || *e == InstructionError::ReadOnlyComponent;
+        let rule = vmx_emu::explain::never(*e).is_none() || *e == InstructionError::ReadOnlyComponent;
         assert_eq!(raised.contains(e), rule, "{e:?}");
         writeln!(out, "| {} | {} | {can} |", e.number(), e.description()).unwrap();
     }

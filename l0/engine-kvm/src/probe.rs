@@ -114,6 +114,9 @@ fn machine() -> Result<(Arc<MachineMemory>, KvmEngine), EngineError> {
     Ok((memory, engine))
 }
 
+/// How long a guest that KVM is tried with may take, in seconds.
+const PATIENCE_S: u64 = 20;
+
 /// Runs `code` in 64-bit mode, at privilege level 3 if `user`, until it exits.
 fn run(
     code: &[u8],
@@ -129,8 +132,8 @@ fn run(
     vmcs.controls.msr_bitmap = MachineAddr(MSR_BITMAP);
     vmcs.controls.tsc_offset = TSC_OFFSET;
     let g = &mut vmcs.guest;
-    // One second, should anything go wrong.
-    g.preemption_timer = u32::try_from(engine.tsc_frequency() >> 5).unwrap_or(u32::MAX - 1);
+    // For a guest that never ends; on a busy host inside of another guest, a few instructions can take a second.
+    g.preemption_timer = u32::try_from(PATIENCE_S * engine.tsc_frequency() >> 5).unwrap_or(u32::MAX - 1);
     (g.cr0, g.cr3, g.cr4) = (cr0::PE | cr0::PG | cr0::ET | cr0::NE, PAGING, cr4::PAE);
     g.efer = efer::LME | efer::LMA | efer::SCE;
     let (dpl, rpl) = if user { (3 << 5, 3) } else { (0, 0) };

@@ -10,10 +10,11 @@
 //! what was being written when the writer was killed is told from what is whole.
 
 use x86_spec::exit::ExitReason;
+use x86_spec::instruction_error::InstructionError;
 use x86_spec::interruption::InterruptionInfo;
 
 use crate::VmcsAccesses;
-use crate::record::{Event, Exit, Level};
+use crate::record::{Event, Exit, Level, VmFail};
 
 /// First bytes of a trace; the last of them is the version.
 pub const MAGIC: [u8; 8] = *b"nvmexit\x02";
@@ -36,6 +37,8 @@ mod flag {
     pub const SYNTHESIZED: u8 = 1 << 2;
     pub const ENTRY_FAILURE: u8 = 1 << 3;
     pub const IDLE: u8 = 1 << 4;
+    /// The byte of the forwarded reason is a VM-instruction error number; 0 is VMfailInvalid.
+    pub const FAILED: u8 = 1 << 5;
 }
 
 /// Bits 12:0 of interruption information, with its valid bit in bit 15.
@@ -85,7 +88,7 @@ pub fn encode(event: &Event) -> [u8; RECORD_SIZE] {
             f.put(&six(e.l0_ns));
             let distance = e.cause.and_then(|c| u32::try_from(e.number.checked_sub(c)?).ok()).unwrap_or(0);
             f.put(&distance.to_le_bytes());
-            f.put(&[e.reason as u8, e.forwarded.map_or(0, |r| r as u8), flags(e), e.instruction_length]);
+            f.put(&[e.reason as u8, forwarded_or_failed(e), flags(e), e.instruction_length]);
             f.put(&short(e.interruption).to_le_bytes());
             f.put(&short(e.idt_vectoring).to_le_bytes());
             for n in [e.accesses.vmreads, e.accesses.vmwrites] {
@@ -96,6 +99,15 @@ pub fn encode(event: &Event) -> [u8; RECORD_SIZE] {
     bytes
 }
 
+/// An exit that L1 got is of L2, and a VMX instruction that failed is of L1: they share a byte.
+fn forwarded_or_failed(e: &Exit) -> u8 {
+    match (e.forwarded, e.failed) {
+        (Some(reason), _) => reason as u8,
+        (None, Some(VmFail::Valid(error))) => error as u8,
+        (None, Some(VmFail::Invalid) | None) => 0,
+    }
+}
+
 fn flags(e: &Exit) -> u8 {
     let level = if e.level == Level::L2 { flag::L2 } else { 0 };
     let set = |on, bit| if on { bit } else { 0 };
@@ -103,6 +115,7 @@ fn flags(e: &Exit) -> u8 {
         | set(e.forwarded.is_some(), flag::FORWARDED)
         | set(e.synthesized, flag::SYNTHESIZED)
         | set(e.entry_failure, flag::ENTRY_FAILURE)
+        | set(e.forwarded.is_none() && e.failed.is_some(), flag::FAILED)
 }
 
 /// Takes `N` bytes off `bytes`; zeros past their end.
@@ -134,6 +147,11 @@ pub fn decode(mut bytes: &[u8], number: u64) -> Option<Event> {
     let [interruption, idt_vectoring] = [(); 2].map(|()| long(u16::from_le_bytes(take(b))));
     let [vmreads, vmwrites] = [(); 2].map(|()| u64::from(u32::from_le_bytes(take(b))));
     let reason = ExitReason::from_u16(reason.into())?;
+    let failed = match (flags & flag::FAILED, forwarded) {
+        (0, _) => None,
+        (_, 0) => Some(VmFail::Invalid),
+        (_, number) => Some(VmFail::Valid(InstructionError::from_number(number.into())?)),
+    };
     let forwarded = match flags & flag::FORWARDED {
         0 => None,
         _ => Some(ExitReason::from_u16(forwarded.into())?),
@@ -146,6 +164,7 @@ pub fn decode(mut bytes: &[u8], number: u64) -> Option<Event> {
         forwarded,
         synthesized: flags & flag::SYNTHESIZED != 0,
         entry_failure: flags & flag::ENTRY_FAILURE != 0,
+        failed,
         qualification,
         rip,
         guest_physical,
@@ -342,6 +361,21 @@ mod tests {
         let mut bad = encode(&Event::Exit(e));
         bad[56] = 35;
         assert_eq!(decode(&bad, 1), None, "no exit reason has number 35");
+    }
+
+    #[test]
+    fn how_an_instruction_failed_comes_back() {
+        let all = InstructionError::ALL.iter().map(|e| VmFail::Valid(*e)).chain([VmFail::Invalid]);
+        for failed in all.map(Some).chain([None]) {
+            let e = Exit { number: 1, failed, ..Exit::new(Level::L1, ExitReason::Vmresume) };
+            assert_eq!(decode(&encode(&Event::Exit(e)), 1), Some(Event::Exit(e)));
+        }
+        // Table 31-1 has no number 14.
+        let e = Exit { failed: Some(VmFail::Invalid), ..Exit::new(Level::L1, ExitReason::Vmresume) };
+        let mut bytes = encode(&Event::Exit(e));
+        let at = bytes.iter().rposition(|b| *b == ExitReason::Vmresume as u8).unwrap();
+        bytes[at + 1] = 14;
+        assert_eq!(decode(&bytes, 1), None);
     }
 
     #[test]

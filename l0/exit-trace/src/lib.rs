@@ -25,10 +25,10 @@ mod writer;
 pub use chain::{Chain, Chains};
 pub use perfetto::export;
 pub use reader::{Trace, TraceError};
-pub use record::{Event, Exit, Level, Recorder};
+pub use record::{Event, Exit, Level, Recorder, VmFail};
 pub use statistics::Statistics;
 pub use summary::{
-    Caused, ForwardedRow, HandOvers, Instructions, Latency, Row, Summary, TimeShares, VcpuSummary,
-    VmcsAccesses,
+    Caused, FailedInstruction, ForwardedRow, HandOvers, Instructions, Latency, Row, Summary, TimeShares,
+    VcpuSummary, VmcsAccesses,
 };
 pub use writer::{MIN_SIZE, TraceWriter, start};

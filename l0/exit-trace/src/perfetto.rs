@@ -100,7 +100,7 @@ impl<W: Write> Writer<W> {
                 "\"name\":\"{reason}\",\"cat\":\"{}\",\"args\":{{\"number\":{},\"owner\":\"{owner}\",\
                  \"rip\":\"{:#x}\",\"qualification\":\"{:#x}\",\"guest_physical\":\"{:#x}\",\
                  \"guest_linear\":\"{:#x}\",\"instruction_length\":{},\"entry_failure\":{},\
-                 \"synthesized\":{}}}",
+                 \"synthesized\":{},\"failed\":\"{}\"}}",
                 e.level,
                 e.number,
                 e.rip,
@@ -109,7 +109,8 @@ impl<W: Write> Writer<W> {
                 e.guest_linear,
                 e.instruction_length,
                 e.entry_failure,
-                e.synthesized
+                e.synthesized,
+                e.failed.map(|f| f.to_string()).unwrap_or_default()
             ),
         )?;
         if let Some(c) = cause {
@@ -173,9 +174,10 @@ mod tests {
 
     use serde_json::Value;
     use x86_spec::exit::ExitReason;
+    use x86_spec::instruction_error::InstructionError;
 
     use super::*;
-    use crate::{MIN_SIZE, Recorder, start};
+    use crate::{MIN_SIZE, Recorder, VmFail, start};
 
     fn exit(level: Level, reason: ExitReason, at: u64, forwarded: bool) -> Exit {
         Exit {
@@ -248,7 +250,8 @@ mod tests {
             r.exit(exit(Level::L1, ExitReason::Vmread, 300, false), 0);
             r.exit(exit(Level::L1, ExitReason::Hlt, 400, false), 0);
             r.idle(440, 1060);
-            r.exit(exit(Level::L1, ExitReason::Vmresume, 1560, false), 0);
+            let failed = Some(VmFail::Valid(InstructionError::VmresumeNonLaunched));
+            r.exit(Exit { failed, ..exit(Level::L1, ExitReason::Vmresume, 1560, false) }, 0);
             r.exit(exit(Level::L2, ExitReason::EptViolation, 1660, false), 0);
         });
         let phases = check(&json);
@@ -264,6 +267,9 @@ mod tests {
         assert_eq!(names, ["L0", "L1", "L2", "idle"]);
         let cpuid = events.iter().find(|e| e["name"] == "CPUID").unwrap();
         assert_eq!((&cpuid["ts"], &cpuid["dur"]), (&Value::from(0.2), &Value::from(0.04)));
-        assert_eq!(cpuid["args"]["owner"], "L1 as CPUID");
+        assert_eq!((&cpuid["args"]["owner"], &cpuid["args"]["failed"]), (&"L1 as CPUID".into(), &"".into()));
+        let vmresume = events.iter().find(|e| e["name"] == "VMRESUME").unwrap();
+        // SDM Vol. 3D table 31-1.
+        assert_eq!(vmresume["args"]["failed"], "VMfailValid 5: VMRESUME with non-launched VMCS");
     }
 }

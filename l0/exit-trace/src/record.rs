@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use x86_spec::exit::ExitReason;
+use x86_spec::instruction_error::InstructionError;
 use x86_spec::interruption::InterruptionInfo;
 
 use crate::summary::{HandOvers, Instructions, VcpuSummary, VmcsAccesses};
@@ -30,6 +31,24 @@ impl fmt::Display for Level {
     }
 }
 
+/// How a VMX instruction of L1 failed (SDM Vol. 3C §31.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum VmFail {
+    /// VMfailInvalid: there is no current VMCS, or what would be one is none.
+    Invalid,
+    /// VMfailValid: the current VMCS got this error number.
+    Valid(InstructionError),
+}
+
+impl fmt::Display for VmFail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid => f.write_str("VMfailInvalid"),
+            Self::Valid(e) => write!(f, "VMfailValid {}: {}", e.number(), e.description()),
+        }
+    }
+}
+
 /// An exit, after L0 has handled it. Times are in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
@@ -48,6 +67,8 @@ pub struct Exit {
     pub synthesized: bool,
     /// A VM entry that failed (bit 31 of the exit reason, SDM Vol. 3C §27.8).
     pub entry_failure: bool,
+    /// It was for a VMX instruction of L1, which failed like this.
+    pub failed: Option<VmFail>,
     /// Exit qualification (§28.2.1).
     pub qualification: u64,
     /// RIP of the level that exited.
@@ -84,6 +105,7 @@ impl Exit {
             forwarded: None,
             synthesized: false,
             entry_failure: false,
+            failed: None,
             qualification: 0,
             rip: 0,
             guest_physical: 0,
@@ -125,6 +147,9 @@ impl fmt::Display for Exit {
         )?;
         if self.entry_failure {
             write!(f, " VM entry failed")?;
+        }
+        if let Some(failed) = self.failed {
+            write!(f, " {failed}")?;
         }
         if let Some(cause) = self.cause {
             write!(f, " because of {cause}")?;
@@ -291,6 +316,28 @@ mod tests {
         r.exit(l2(ExitReason::Hlt, true), 0);
         let last = r.last_exits(Some(l1(ExitReason::Cpuid)));
         assert_eq!(last.last().map(|e| (e.number, e.cause)), Some((11, Some(10))));
+    }
+
+    #[test]
+    fn failed_instructions_are_marked_and_counted() {
+        // SDM Vol. 3D table 31-1: number 7.
+        let seven = VmFail::Valid(InstructionError::EntryInvalidControls);
+        let mut r = Recorder::default();
+        for failed in [Some(seven), Some(VmFail::Invalid), None, Some(seven)] {
+            r.exit(Exit { failed, ..l1(ExitReason::Vmlaunch) }, 0);
+        }
+        let lines: Vec<_> = r.last_exits(None).iter().map(ToString::to_string).collect();
+        assert!(lines[0].ends_with(" VMfailValid 7: VM entry with invalid control field(s)"), "{}", lines[0]);
+        assert!(lines[1].ends_with(" VMfailInvalid") && !lines[2].contains("VMfail"));
+        let text = r.summary(0).to_string();
+        for line in [
+            "\n2 VMLAUNCH failed: VMfailValid 7: VM entry with invalid control field(s)\n",
+            "\n1 VMLAUNCH failed: VMfailInvalid\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        let failed = r.summary(0).failed;
+        assert_eq!(failed.iter().map(|f| (f.error, f.count)).collect::<Vec<_>>(), [(None, 1), (Some(7), 2)]);
     }
 
     #[test]

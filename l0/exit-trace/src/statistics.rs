@@ -2,11 +2,13 @@
 //!
 //! Memory is bounded: a histogram of fixed size for each (level, owner, reason) that occurred.
 
+use std::collections::BTreeMap;
+
 use hdrhistogram::Histogram;
 use x86_spec::exit::ExitReason;
 
-use crate::record::{Event, Exit, Level};
-use crate::summary::{Caused, ForwardedRow, Latency, Row, TimeShares, VcpuSummary};
+use crate::record::{Event, Exit, Level, VmFail};
+use crate::summary::{Caused, FailedInstruction, ForwardedRow, Latency, Row, TimeShares, VcpuSummary};
 
 /// Longest time that is told apart, in nanoseconds.
 const MAX_NS: u64 = 10_000_000_000;
@@ -169,6 +171,8 @@ pub struct Statistics {
     l1_exits: u64,
     l2_exits: u64,
     caused_exits: u64,
+    /// VMX instructions of L1 that failed; there are not more than reasons and error numbers.
+    failed: BTreeMap<(u16, VmFail), u64>,
     time: TimeShares,
 }
 
@@ -184,6 +188,9 @@ impl Statistics {
 
     fn exit_of_l1(&mut self, exit: &Exit) {
         self.l1_exits += 1;
+        if let Some(failed) = exit.failed {
+            *self.failed.entry((exit.reason as u16, failed)).or_default() += 1;
+        }
         add(&mut self.time.l1_ns, exit.guest_ns);
         if let Some(t) = self.l1.get_or_insert(exit.reason, Times::new) {
             t.add(exit.l0_ns);
@@ -263,8 +270,17 @@ impl Statistics {
             l1: rows(&self.l1),
             l2_kept: rows(&self.kept),
             l2_forwarded,
+            failed: self.failed.iter().filter_map(|(&(r, how), &n)| failed_row(r, how, n)).collect(),
         }
     }
+}
+
+fn failed_row(reason: u16, how: VmFail, count: u64) -> Option<FailedInstruction> {
+    let error = match how {
+        VmFail::Invalid => None,
+        VmFail::Valid(e) => Some(e.number()),
+    };
+    Some(FailedInstruction { reason: ExitReason::from_u16(reason)?, error, text: how.to_string(), count })
 }
 
 fn rows(by_reason: &ByReason<Times>) -> Vec<Row> {

@@ -73,6 +73,9 @@ pub struct VcpuSummary {
     pub l2_kept: Vec<Row>,
     /// Exits that L1 got as exits of L2.
     pub l2_forwarded: Vec<ForwardedRow>,
+    /// VMX instructions of L1 that failed, VM entries among them.
+    #[serde(default)]
+    pub failed: Vec<FailedInstruction>,
 }
 
 /// Where the time went; the sum is the time that the vCPU ran.
@@ -120,6 +123,20 @@ pub struct VmcsAccesses {
     pub vmreads: u64,
     /// VMWRITEs.
     pub vmwrites: u64,
+}
+
+/// VMX instructions of L1 of one kind that failed in one way (SDM Vol. 3C §31.2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedInstruction {
+    /// The exit reason of the instruction.
+    #[serde(with = "by_name")]
+    pub reason: ExitReason,
+    /// VMfailValid's VM-instruction error number; `None` is VMfailInvalid.
+    pub error: Option<u32>,
+    /// In words.
+    pub text: String,
+    /// How many.
+    pub count: u64,
 }
 
 /// The distribution of a time.

@@ -107,6 +107,12 @@ fn causes(f: &mut fmt::Formatter<'_>, r: &ForwardedRow) -> fmt::Result {
 impl fmt::Display for VcpuSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.rows(f, "VM exits of L1", &self.l1)?;
+        for i in &self.failed {
+            writeln!(f, "{} {} failed: {}", i.count, i.reason.name(), i.text)?;
+        }
+        if !self.failed.is_empty() {
+            writeln!(f)?;
+        }
         self.rows(f, "L2, kept by L0", &self.l2_kept)?;
         self.forwarded_rows(f)?;
         let t = &self.time;

@@ -4,7 +4,7 @@
 //! two reads of the TSC are all that an exit costs.
 
 use engine::VmExit;
-use exit_trace::{Exit, Level};
+use exit_trace::{Exit, Level, VmFail};
 use x86_spec::exit::ExitReason;
 
 /// The clock and the exit that is being handled.
@@ -59,6 +59,13 @@ impl Account {
     pub fn forwarded(&mut self, exit: &VmExit) {
         if let Some(c) = &mut self.current {
             c.forwarded = Some(exit.reason);
+        }
+    }
+
+    /// The VMX instruction of L1 that is being handled fails.
+    pub fn failed(&mut self, how: VmFail) {
+        if let Some(c) = self.current.as_mut().filter(|c| c.level == Level::L1) {
+            c.failed = Some(how);
         }
     }
 

@@ -9,6 +9,7 @@ pub mod caps;
 pub mod ept;
 pub mod exception;
 pub mod exit;
+pub mod instruction_error;
 pub mod interruption;
 pub mod msr;
 pub mod pci;

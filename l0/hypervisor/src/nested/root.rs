@@ -1,6 +1,7 @@
 //! L1 in VMX root operation: its VMX instructions, and what they restrict (SDM Vol. 3C §24.8).
 
 use engine::{Engine, VmExit};
+use exit_trace::VmFail;
 use memory::L1Gpa;
 use vmx_emu::{Capabilities, Fault, Outcome as Vmx, VmResult, instructions};
 use x86_spec::exception;
@@ -71,6 +72,11 @@ impl<E: Engine> VcpuLoop<E> {
                 exit.reason.name()
             );
             self.store_instruction_error();
+        }
+        match result {
+            VmResult::Succeed => {}
+            VmResult::FailInvalid => self.account.failed(VmFail::Invalid),
+            VmResult::FailValid(error) => self.account.failed(VmFail::Valid(error)),
         }
         self.vmcs.guest.rflags = result.rflags(self.vmcs.guest.rflags);
         self.restrict_control_registers();
