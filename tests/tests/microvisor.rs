@@ -16,6 +16,9 @@ use x86_spec::exit::ExitReason;
 /// Far more than the suite takes on a busy host.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// And in QEMU's TCG.
+const SLOW_LIMIT: Duration = Duration::from_secs(1200);
+
 /// Each check of VM entry that L0 registers has a case in the microvisor; without one this does
 /// not compile.
 const _: () = {
@@ -262,6 +265,58 @@ fn every_case_with_kvm_in_l1() {
     assert!(!finished.errors.contains("can't be trusted"), "{}", finished.errors);
     check_suite(&finished, 40, without_instructions(&finished));
     assert!(finished.errors.contains("left by KVM to the software engine"), "{}", finished.errors);
+}
+
+/// A "newc" archive with one executable file, which Linux unpacks after the initrd that it is appended to
+/// (Documentation/driver-api/early-userspace/buffer-format.rst).
+fn archive(name: &str, data: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (name, mode, data) in [(name, 0o100_755, data), ("TRAILER!!!", 0, &[])] {
+        let fields = [0, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        all.extend_from_slice(b"070701");
+        fields.iter().for_each(|f| all.extend_from_slice(format!("{f:08x}").as_bytes()));
+        all.extend_from_slice(name.as_bytes());
+        all.push(0);
+        all.resize(all.len().next_multiple_of(4), 0);
+        all.extend_from_slice(data);
+        all.resize(all.len().next_multiple_of(4), 0);
+    }
+    all
+}
+
+/// And where L1's KVM is that of an AMD processor: in QEMU's TCG, if it is installed.
+#[test]
+#[ignore = "slow"]
+fn slow_every_case_with_kvm_on_svm_in_qemu() {
+    const QEMU: &str = "qemu-system-x86_64";
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    if !std::env::split_paths(&paths).any(|dir| dir.join(QEMU).is_file()) {
+        eprintln!("skipped: there is no {QEMU}");
+        return;
+    }
+    let (kernel, initrd) = tests::artifacts::Kernel::Cloud.files();
+    let mut bytes = fs::read(initrd).expect("the initrd is there");
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(archive("microvisor", &fs::read(microvisor::IMAGE).expect("the microvisor is built")));
+    let initrd = tempfile::NamedTempFile::new().expect("a temporary file").into_temp_path();
+    fs::write(&initrd, bytes).expect("there is room for an initrd");
+    let machine = ["-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "1G", "-append", "console=ttyS0 quiet"];
+    let console = ["-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"];
+    let text = |path: &std::path::Path| path.to_str().expect("its path is UTF-8").to_owned();
+    let files = ["-kernel".to_owned(), text(&kernel), "-initrd".to_owned(), text(&initrd)];
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+    let launch = scenario_runner::process::Launch::new(QEMU, machine).args(&console).args(&files);
+    let mut qemu = launch.start().expect("QEMU starts");
+    qemu.expect("l1:~#", SLOW_LIMIT).expect("L1 boots in QEMU");
+    // What is typed is echoed, so it holds nothing that is looked for.
+    let command = "nestvmm run --memory 64M --debug-exit --on-reset exit --kernel /microvisor --engine kvm \
+        --vmx on --append verbose </dev/null >/o 2>&1; echo status $?; dmesg | grep -o -m1 SVM; \
+        grep -E '^FAIL|passed|t[r]usted' /o; echo the''-end\n";
+    qemu.type_bytes(command.as_bytes()).expect("its console takes input");
+    let output = qemu.expect("the-end", SLOW_LIMIT).expect("the suite ends");
+    assert!(output.contains("status 1") && output.contains(" passed, 0 failed, "), "{output}");
+    assert!(!output.contains("FAIL ") && !output.contains("trusted"), "{output}");
+    assert!(output.contains("SVM"), "KVM is on SVM: {output}");
 }
 
 #[test]
