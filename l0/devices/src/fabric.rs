@@ -4,12 +4,13 @@
 //! Wiring: ISA line 0 is I/O APIC pin 2, line 2 does not exist, the others are pin for pin.
 //! The 8259's INTR goes to LINT0 of every local APIC and to I/O APIC pin 0.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use crate::device::{IrqLine, IrqSink, lock};
 use crate::ioapic::{IoApic, MessageSink, PINS, entry_message, message};
 use crate::lapic::{ApicAction, GpFault, LocalApic};
-use crate::message::{DeliveryMode, InterruptMessage};
+use crate::message::{DeliveryMode, Destination, InterruptMessage};
 use crate::pic::DualPic;
 
 /// Called with a vCPU's index when it may have gained something to take. Must not call back
@@ -50,10 +51,23 @@ struct Chips {
     intr: bool,
 }
 
+/// Local APICs that are not here but with whoever runs the vCPUs.
+pub trait OtherApics: Send + Sync {
+    /// Delivers a message. Returns whether an APIC accepted it.
+    fn deliver(&self, message: &InterruptMessage) -> bool;
+    /// The messages of the I/O APIC's level-triggered pins changed: of these the end has to be told to
+    /// [`Interrupts::end_of_interrupt`].
+    fn set_level_messages(&self, messages: &[Option<InterruptMessage>; PINS]);
+}
+
 /// All interrupt controllers of the machine.
 pub struct Interrupts {
     chips: Mutex<Chips>,
     lapics: Vec<Mutex<LocalApic>>,
+    /// In place of `lapics`.
+    others: OnceLock<Box<dyn OtherApics>>,
+    /// The 8259's INTR, as far as `others` have to be told.
+    intr: AtomicBool,
     notifier: OnceLock<Notifier>,
     remapper: OnceLock<Weak<dyn Remapper>>,
 }
@@ -77,15 +91,32 @@ impl MessageSink for LapicBus<'_> {
     }
 }
 
+/// Accepts nothing, so that what is to be sent is sent later.
+struct Nobody;
+
+impl MessageSink for Nobody {
+    fn deliver(&mut self, _: &InterruptMessage) -> bool {
+        false
+    }
+}
+
 impl Interrupts {
     /// A fabric around the vCPUs' local APICs, in the order of vCPUs.
     pub fn new(lapics: Vec<LocalApic>) -> Arc<Self> {
         Arc::new(Self {
             chips: Mutex::new(Chips { pic: DualPic::new(), ioapic: IoApic::new(), intr: false }),
             lapics: lapics.into_iter().map(Mutex::new).collect(),
+            others: OnceLock::new(),
+            intr: AtomicBool::new(false),
             notifier: OnceLock::new(),
             remapper: OnceLock::new(),
         })
+    }
+
+    /// Has `others` in place of the local APICs that are here, which are as if they did not exist from then on: only
+    /// the 8259's interrupt is for vCPU 0 to take. Only the first call counts; returns whether this was it.
+    pub fn use_other_apics(&self, others: Box<dyn OtherApics>) -> bool {
+        self.others.set(others).is_ok()
     }
 
     /// Sets who is told when a vCPU may have something to take. Only the first call counts; returns whether
@@ -132,6 +163,9 @@ impl Interrupts {
     /// Delivers a message to every local APIC that it is for, or to the one of lowest priority.
     /// Returns whether any accepted it.
     pub fn deliver(&self, message: &InterruptMessage) -> bool {
+        if let Some(others) = self.others.get() {
+            return others.deliver(message);
+        }
         if message.delivery == DeliveryMode::LowestPriority {
             return self.deliver_lowest_priority(message);
         }
@@ -174,16 +208,22 @@ impl Interrupts {
             ApicAction::Ipi(message) => {
                 self.deliver(&message);
             }
-            ApicAction::EoiBroadcast(vector) => {
-                lock(&self.chips).ioapic.end_of_interrupt(vector, &mut LapicBus(self));
-            }
+            ApicAction::EoiBroadcast(vector) => self.end_of_interrupt(vector),
         }
+    }
+
+    /// A local APIC ended a level-triggered interrupt.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        lock(&self.chips).ioapic.end_of_interrupt(vector, &mut LapicBus(self));
     }
 
     // ---- the vCPU's side ----------------------------------------------------------------
 
     /// What waits for vCPU `cpu`, all at once: the vCPU loop asks at every exit.
     pub fn waiting(&self, cpu: usize) -> Waiting {
+        if self.others.get().is_some() {
+            return Waiting { interrupt: self.has_interrupt(cpu), ..Waiting::default() };
+        }
         let waiting = |l: &mut LocalApic| Waiting {
             interrupt: l.pending_vector().is_some() || l.extint_pending(),
             nmi: l.nmi_pending(),
@@ -195,17 +235,24 @@ impl Interrupts {
 
     /// Whether vCPU `cpu` has a maskable interrupt to take now.
     pub fn has_interrupt(&self, cpu: usize) -> bool {
+        if self.others.get().is_some() {
+            return cpu == 0 && self.intr.load(Ordering::SeqCst);
+        }
         self.with_lapic(cpu, |l| l.pending_vector().is_some() || l.extint_pending()).unwrap_or(false)
     }
 
     /// Takes the interrupt that vCPU `cpu` is to run now and returns its vector: an 8259's
     /// through INTA, else the local APIC's highest.
     pub fn take_interrupt(&self, cpu: usize) -> Option<u8> {
-        let extint = self.with_lapic(cpu, |l| {
-            let pending = l.extint_pending();
-            l.accept_extint();
-            pending
-        })?;
+        let extint = match self.others.get() {
+            Some(_) if !self.has_interrupt(cpu) => return None,
+            Some(_) => true,
+            None => self.with_lapic(cpu, |l| {
+                let pending = l.extint_pending();
+                l.accept_extint();
+                pending
+            })?,
+        };
         if extint {
             let mut chips = lock(&self.chips);
             let vector = chips.pic.acknowledge();
@@ -238,6 +285,9 @@ impl Interrupts {
     /// # Errors
     /// [`GpFault`] as [`LocalApic::read_msr`].
     pub fn read_msr(&self, cpu: usize, msr: u32) -> Result<u64, GpFault> {
+        if self.others.get().is_some() {
+            return Err(GpFault);
+        }
         self.with_lapic(cpu, |l| l.read_msr(msr)).unwrap_or(Err(GpFault))
     }
 
@@ -246,6 +296,9 @@ impl Interrupts {
     /// # Errors
     /// [`GpFault`] as [`LocalApic::write_msr`].
     pub fn write_msr(&self, cpu: usize, msr: u32, value: u64) -> Result<(), GpFault> {
+        if self.others.get().is_some() {
+            return Err(GpFault);
+        }
         let action = self.with_lapic(cpu, |l| l.write_msr(msr, value)).unwrap_or(Err(GpFault))?;
         self.perform(action);
         Ok(())
@@ -253,6 +306,9 @@ impl Interrupts {
 
     /// Reads the register page of vCPU `cpu`'s local APIC, if `gpa` is in it.
     pub fn lapic_mmio_read(&self, cpu: usize, gpa: u64, size: u8) -> Option<u64> {
+        if self.others.get().is_some() {
+            return None;
+        }
         self.with_lapic(cpu, |l| {
             (l.mmio_page() == Some(gpa & !0xfff)).then(|| l.mmio_read(gpa & 0xfff, size))
         })?
@@ -260,6 +316,9 @@ impl Interrupts {
 
     /// Writes the register page of vCPU `cpu`'s local APIC; `false` if `gpa` is not in it.
     pub fn lapic_mmio_write(&self, cpu: usize, gpa: u64, size: u8, value: u64) -> bool {
+        if self.others.get().is_some() {
+            return false;
+        }
         let action = self.with_lapic(cpu, |l| {
             (l.mmio_page() == Some(gpa & !0xfff)).then(|| l.mmio_write(gpa & 0xfff, size, value))
         });
@@ -274,6 +333,11 @@ impl Interrupts {
 
     /// Drives LINT1, the NMI pin, of every vCPU: an edge.
     pub fn pulse_nmi(&self) {
+        if let Some(others) = self.others.get() {
+            let (destination, delivery) = (Destination::All, DeliveryMode::Nmi);
+            others.deliver(&InterruptMessage { destination, delivery, vector: 0, level: false });
+            return;
+        }
         for cpu in 0..self.lapics.len() {
             let raised = self.with_lapic(cpu, |l| {
                 let raised = l.set_lint(1, true);
@@ -321,9 +385,16 @@ impl Interrupts {
             return;
         }
         chips.intr = intr;
-        for (cpu, lapic) in self.lapics.iter().enumerate() {
-            if lock(lapic).set_lint(0, intr) {
-                self.notify(cpu);
+        if self.others.get().is_some() {
+            self.intr.store(intr, Ordering::SeqCst);
+            if intr {
+                self.notify(0);
+            }
+        } else {
+            for (cpu, lapic) in self.lapics.iter().enumerate() {
+                if lock(lapic).set_lint(0, intr) {
+                    self.notify(cpu);
+                }
             }
         }
         chips.ioapic.set_pin(0, intr, &mut LapicBus(self));
@@ -360,7 +431,20 @@ impl Interrupts {
 
     /// Writes the I/O APIC's register window.
     pub fn ioapic_write(&self, offset: u64, value: u32) {
-        lock(&self.chips).ioapic.mmio_write(offset, value, &mut LapicBus(self));
+        let mut chips = lock(&self.chips);
+        match self.others.get() {
+            None => chips.ioapic.mmio_write(offset, value, &mut LapicBus(self)),
+            Some(others) => {
+                // They have to know a message whose end is wanted before they get it.
+                let before = chips.ioapic.level_messages();
+                chips.ioapic.mmio_write(offset, value, &mut Nobody);
+                let after = chips.ioapic.level_messages();
+                if before != after {
+                    others.set_level_messages(&after);
+                }
+                chips.ioapic.service_levels(&mut LapicBus(self));
+            }
+        }
     }
 }
 
@@ -526,6 +610,55 @@ mod tests {
         assert_eq!(fabric.take_interrupt(7), None);
         assert_eq!(fabric.read_msr(7, 0x1b), Err(GpFault));
         assert!(!fabric.lapic_mmio_write(7, IOAPIC_BASE, 4, 0));
+    }
+
+    /// Remembers what it is told; accepts everything.
+    #[derive(Default)]
+    struct Others {
+        messages: Mutex<Vec<InterruptMessage>>,
+        level: Mutex<Vec<u8>>,
+    }
+
+    impl OtherApics for Arc<Others> {
+        fn deliver(&self, message: &InterruptMessage) -> bool {
+            assert!(!message.level || lock(&self.level).contains(&message.vector), "its end would be missed");
+            lock(&self.messages).push(*message);
+            true
+        }
+        fn set_level_messages(&self, messages: &[Option<InterruptMessage>; PINS]) {
+            *lock(&self.level) = messages.iter().flatten().map(|m| m.vector).collect();
+        }
+    }
+
+    #[test]
+    fn other_local_apics_get_the_messages_and_vcpu_0_the_8259() {
+        let fabric = fabric(1);
+        let others = Arc::new(Others::default());
+        assert!(fabric.use_other_apics(Box::new(others.clone())));
+        let vectors =
+            || std::mem::take(&mut *lock(&others.messages)).iter().map(|m| m.vector).collect::<Vec<_>>();
+        // Edge-triggered, and level-triggered on a line that is asserted already.
+        program_pin(&fabric, 4, 0x41);
+        fabric.isa_line(4).set(true);
+        let level = fabric.isa_line(9);
+        level.set(true);
+        program_pin(&fabric, 9, 1 << 15 | 0x45);
+        assert_eq!(vectors(), [0x41, 0x45]);
+        fabric.end_of_interrupt(0x45);
+        assert_eq!(vectors(), [0x45], "still asserted");
+        level.set(false);
+        fabric.end_of_interrupt(0x45);
+        assert_eq!((vectors(), fabric.has_interrupt(0)), (vec![], false));
+        // None of the local APICs here answers.
+        assert_eq!(fabric.lapic_mmio_read(0, DEFAULT_APIC_BASE, 4), None);
+        assert_eq!(fabric.read_msr(0, 0x1b), Err(GpFault));
+        initialise_pic(&fabric);
+        fabric.isa_line(3).set(true);
+        assert!(fabric.waiting(0).interrupt);
+        assert_eq!(fabric.take_interrupt(0), Some(0x23));
+        assert_eq!(fabric.take_interrupt(0), None);
+        fabric.pulse_nmi();
+        assert_eq!(lock(&others.messages).last().map(|m| m.delivery), Some(DeliveryMode::Nmi));
     }
 
     #[test]

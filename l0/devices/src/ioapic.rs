@@ -105,6 +105,16 @@ impl IoApic {
         }
     }
 
+    /// Sends what level-triggered pins that are active have not sent.
+    pub fn service_levels(&mut self, sink: &mut dyn MessageSink) {
+        (0..PINS).for_each(|pin| self.service_level(pin, sink));
+    }
+
+    /// What the level-triggered pins send, masked ones too; `None` for others.
+    pub fn level_messages(&self) -> [Option<InterruptMessage>; PINS] {
+        self.entries.map(|entry| Some(message(entry)).filter(|m| m.level))
+    }
+
     /// A local APIC (or the EOI register) ended interrupt `vector`: clears Remote IRR and sends again
     /// what is still asserted.
     pub fn end_of_interrupt(&mut self, vector: u8, sink: &mut dyn MessageSink) {

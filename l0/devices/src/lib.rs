@@ -31,6 +31,6 @@ pub mod worker;
 
 pub use clock::{Clock, ClockTsc, ManualClock, MonotonicClock, TscSource};
 pub use device::{EventSink, IrqLine, IrqSink, MachineEvent, MmioDevice, PioDevice, TimedDevice, lock};
-pub use fabric::{Interrupts, Waiting};
+pub use fabric::{Interrupts, OtherApics, Waiting};
 pub use lapic::{ApicAction, GpFault, LapicConfig, LocalApic};
 pub use message::{DeliveryMode, Destination, InterruptMessage};

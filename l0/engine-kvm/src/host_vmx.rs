@@ -102,7 +102,11 @@ pub(crate) fn hide_lapic(fd: &VcpuFd) -> Result<(), EngineError> {
     set_register(fd, LVT_LINT0, EXT_INT)
 }
 
-fn set_register(fd: &VcpuFd, at: usize, value: u32) -> Result<(), EngineError> {
+/// Sets a register of a vCPU's local APIC.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn set_register(fd: &VcpuFd, at: usize, value: u32) -> Result<(), EngineError> {
     let mut lapic: kvm_lapic_state = fd.get_lapic().map_err(host("KVM_GET_LAPIC"))?;
     for (register, byte) in lapic.regs.iter_mut().skip(at).zip(value.to_le_bytes()) {
         *register = byte as libc::c_char;

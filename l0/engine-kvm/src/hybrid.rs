@@ -22,8 +22,8 @@
 use std::sync::Arc;
 
 use engine::{
-    Activity, CpuidEntry, Engine, EngineError, EngineVmcs, ExitBus, GuestRegs, GuestState, HandOvers,
-    InvalidateScope, Kick, LinearFault, Segment, Vcpu, VmExit,
+    Activity, CpuidEntry, Engine, EngineError, EngineVmcs, EventWindows, ExitBus, GuestRegs, GuestState,
+    HandOvers, InvalidateScope, Kick, LinearFault, LocalApics, Segment, Vcpu, VmExit,
 };
 use memory::{Gpa, MachineMemory};
 use x86_spec::caps::VmxCapabilities;
@@ -37,7 +37,7 @@ use x86_spec::segment::{AccessRights, seg};
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
 use crate::probe::Flaw;
 use crate::vcpu::Failure;
-use crate::{KvmEngine, KvmVcpu, host_tsc};
+use crate::{KvmEngine, KvmVcpu, apics, host_tsc};
 
 /// IA32_VMX_BASIC: whoever is about to use VMX reads the revision identifier in it.
 const IA32_VMX_BASIC: u64 = 0x480;
@@ -127,6 +127,30 @@ impl<S: Engine> HybridEngine<S> {
     }
 }
 
+impl<S: Engine> HybridEngine<S> {
+    /// Why KVM should not have the local APICs, if it should not.
+    pub fn without_local_apics(&self) -> Option<&'static str> {
+        if !self.flaws.is_empty() {
+            Some("the software CPU runs the guest")
+        } else if !self.kvm.can_have_local_apics() {
+            Some("this KVM lacks KVM_CAP_SPLIT_IRQCHIP")
+        } else {
+            None
+        }
+    }
+
+    /// As [`KvmEngine::with_local_apics`]; for guests that are no hypervisors.
+    ///
+    /// # Errors
+    /// As there, and what [`Self::without_local_apics`] says.
+    pub fn with_local_apics(self) -> Result<Self, EngineError> {
+        if let Some(why) = self.without_local_apics() {
+            return Err(crate::unsupported(why));
+        }
+        Ok(Self { kvm: self.kvm.with_local_apics()?, ..self })
+    }
+}
+
 impl<S: Engine> Engine for HybridEngine<S> {
     type Vcpu = HybridVcpu<S>;
 
@@ -165,6 +189,7 @@ impl<S: Engine> Engine for HybridEngine<S> {
             shown: true,
             wrote: false,
             mapped: false,
+            has_apics: self.kvm.local_apics().is_some(),
             watches: false,
             breakpoints: [0; 2],
             trusts: self.flaws.is_empty(),
@@ -176,6 +201,10 @@ impl<S: Engine> Engine for HybridEngine<S> {
 
     fn is_lenient(&self) -> bool {
         self.flaws.is_empty()
+    }
+
+    fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        self.kvm.local_apics()
     }
 
     fn invalidate(&self, scope: InvalidateScope) {
@@ -208,6 +237,8 @@ pub struct HybridVcpu<S: Engine> {
     wrote: bool,
     /// And paging structures that the exact engine has translations from.
     mapped: bool,
+    /// KVM has the local APICs.
+    has_apics: bool,
     /// Faults are to be taken back.
     watches: bool,
     /// KVM's breakpoints at the handlers of #UD and #GP; 0 is none.
@@ -290,8 +321,23 @@ impl<S: Engine> HybridVcpu<S> {
         }
         self.show(vmcs, regs)?;
         self.count.instructions += 1;
+        if self.has_apics {
+            return self.step(vmcs, regs);
+        }
         self.linger();
         Ok(None)
+    }
+
+    /// Has the exact engine execute one instruction of a context of KVM's: while it runs, KVM's local APIC can't interrupt.
+    fn step(&mut self, vmcs: &mut EngineVmcs, regs: &mut GuestRegs) -> Result<Option<VmExit>, Failure> {
+        vmcs.controls.primary |= PrimaryControls::MONITOR_TRAP_FLAG;
+        let exit = self.go_on(vmcs, regs);
+        vmcs.controls.primary -= PrimaryControls::MONITOR_TRAP_FLAG;
+        let exit = exit?;
+        if apics::needs_apic(&exit, regs.gpr[gpr::RCX]) {
+            return Err(Failure::Apic);
+        }
+        Ok((exit.reason != ExitReason::MonitorTrapFlag).then_some(exit))
     }
 
     /// Has the exact engine run KVM's contexts for a while. Where KVM can't do one thing there are others nearby, and a
@@ -349,10 +395,15 @@ impl<S: Engine> HybridVcpu<S> {
 
     /// Notices a guest that is about to use VMX, or does.
     fn notice(&mut self, exit: &VmExit, regs: &GuestRegs) {
+        // Then it is offered no VMX.
+        if self.has_apics {
+            return;
+        }
         let asks = exit.reason == ExitReason::Rdmsr && regs.gpr[gpr::RCX] & 0xffff_ffff == IA32_VMX_BASIC;
         let uses = is_vmx_instruction(exit.reason);
         if (asks || uses) && !self.watches {
             self.watches = true;
+            self.kvm.keep_hypercall_code();
             // The IDT may be elsewhere after any exit.
             self.kvm.show_all_at_exits();
         }
@@ -558,6 +609,10 @@ impl<S: Engine> Vcpu for HybridVcpu<S> {
         self.kvm.set_cpuid(entries)?;
         self.takes_vmxe = self.kvm.takes_cr4(cr4::VMXE)?;
         Ok(())
+    }
+
+    fn event_windows(&self) -> Option<EventWindows> {
+        self.kvm.event_windows()
     }
 
     fn hand_overs(&self) -> Option<HandOvers> {

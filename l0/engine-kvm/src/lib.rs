@@ -3,7 +3,7 @@
 //! The same seam as the software engine: a context described by a VMCS runs until it exits. KVM is
 //! told what the VMCS says in its own terms: EPT01 becomes memory slots ([`slots`]), the MSR bitmap
 //! an MSR filter, the preemption timer a POSIX timer, a kick a signal ([`kick`]), an injected event
-//! KVM's vCPU events ([`state`]). There is no in-kernel interrupt controller: L0 has the local APIC.
+//! KVM's vCPU events ([`state`]). The local APIC is L0's, or KVM's ([`apics`]) where the guest is no hypervisor.
 //! [`KvmEngine::serving_vmx`] makes an engine whose guests can be hypervisors on KVM's own VMX ([`host_vmx`]).
 //!
 //! Which exits exist is in [`capabilities`]. Contexts that need others (every L2) can't run here.
@@ -15,6 +15,7 @@
 //! events injected by L0 with an instruction length; debug exceptions of single steps over an instruction that
 //! L0 completes.
 
+mod apics;
 mod capabilities;
 mod fpu;
 mod host_vmx;
@@ -28,7 +29,7 @@ mod vcpu;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use engine::{Engine, EngineError, InvalidateScope};
+use engine::{Engine, EngineError, InvalidateScope, LocalApics};
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
@@ -59,6 +60,19 @@ fn unsupported(reason: impl Into<String>) -> EngineError {
     EngineError::Unsupported { engine: "kvm", reason: reason.into() }
 }
 
+/// Enables `bits` of a capability whose answer to "is it there" is the bits that it has.
+fn enable_bits(vm: &VmFd, cap: u32, bits: u64) {
+    let offered = vm.check_extension_raw(cap.into());
+    if offered < 0 || offered as u64 & bits == 0 {
+        return;
+    }
+    let mut enable = kvm_enable_cap { cap, ..Default::default() };
+    enable.args[0] = bits;
+    if let Err(e) = vm.enable_cap(&enable) {
+        tracing::debug!("KVM_ENABLE_CAP({cap}) failed: {e}");
+    }
+}
+
 /// What of the VMCS's structures in memory KVM has been told.
 #[derive(Debug, Default)]
 struct Realised {
@@ -72,6 +86,8 @@ struct Shared {
     vm: VmFd,
     memory: Arc<MachineMemory>,
     realised: Mutex<Realised>,
+    /// KVM has the local APICs.
+    has_apics: bool,
     /// KVM has XCR0.
     has_xcrs: bool,
     /// Where the upper halves of YMM registers are in an XSAVE area, if there are any.
@@ -114,6 +130,12 @@ impl Shared {
         Ok(())
     }
 
+    /// Has KVM not replace VMCALL and VMMCALL in the guest's code, for a guest that uses VMX: there they are L0's. Any
+    /// other guest's are KVM's, as on a KVM without L0. Older kernels always replace them.
+    fn keep_hypercall_code(&self) {
+        enable_bits(&self.vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_FIX_HYPERCALL_INSN.into());
+    }
+
     fn set_slots(&self, old: &mut Vec<Slot>, new: &[Slot]) -> Result<(), EngineError> {
         while let Some(slot) = old.pop() {
             // A slot of size 0 deletes.
@@ -150,6 +172,9 @@ impl Shared {
         self.memory.read(bitmap, &mut allowed).map_err(|e| unsupported(e.to_string()))?;
         for byte in &mut allowed {
             *byte = !*byte;
+        }
+        if self.has_apics {
+            apics::allow_msrs(&mut allowed);
         }
         let (read, write) = (MsrFilterRangeFlags::READ, MsrFilterRangeFlags::WRITE);
         let quarters = [(read, 0), (read, 0xc000_0000), (write, 0), (write, 0xc000_0000)];
@@ -241,7 +266,8 @@ impl KvmEngine {
         let mut enable = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         enable.args[0] = reasons.into();
         vm.enable_cap(&enable).map_err(host("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
-        Self::withhold_quirks(&vm);
+        // Older kernels lack it; there a failed emulation may show a #UD that is not the guest's.
+        enable_bits(&vm, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1);
         if host_vmx {
             host_vmx::split_irqchip(&vm)?;
         }
@@ -251,6 +277,7 @@ impl KvmEngine {
             vm,
             memory,
             realised: Mutex::default(),
+            has_apics: false,
             has_xcrs: kvm.check_extension(Cap::Xcrs),
             ymm_offset: fpu::ymm_offset(cpuid.as_slice()),
             host_vmx,
@@ -263,25 +290,6 @@ impl KvmEngine {
             cpuid,
             tsc_frequency,
         })
-    }
-
-    /// Has KVM report what it can't emulate before it raises #UD for it, and not replace VMCALL and VMMCALL in
-    /// the guest's code. Older kernels have neither; then a failed emulation may show a #UD that is not the
-    /// guest's, and VMCALL is KVM's.
-    fn withhold_quirks(vm: &VmFd) {
-        let hypercall = u64::from(KVM_X86_QUIRK_FIX_HYPERCALL_INSN);
-        for (cap, value) in [(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1), (KVM_CAP_DISABLE_QUIRKS2, hypercall)] {
-            let offered = vm.check_extension_raw(cap.into());
-            // The answer is 1, or the quirks that can be disabled.
-            if offered < 0 || offered as u64 & value == 0 {
-                continue;
-            }
-            let mut enable = kvm_enable_cap { cap, ..Default::default() };
-            enable.args[0] = value;
-            if let Err(e) = vm.enable_cap(&enable) {
-                tracing::debug!("KVM_ENABLE_CAP({cap}) failed: {e}");
-            }
-        }
     }
 
     /// The frequency that KVM gives a new vCPU's TSC, which is the host's. Only a vCPU can be
@@ -317,6 +325,10 @@ impl Engine for KvmEngine {
 
     fn tsc(&self) -> u64 {
         host_tsc()
+    }
+
+    fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        self.shared.has_apics.then(|| self.shared.clone() as Arc<dyn LocalApics>)
     }
 
     fn create_vcpu(&self) -> Result<KvmVcpu, EngineError> {

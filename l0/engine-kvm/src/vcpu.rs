@@ -17,11 +17,11 @@ use engine::{
 };
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT,
-    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
-    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE,
-    KVM_GUESTDBG_USE_HW_BP, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_guest_debug, kvm_msr_entry, kvm_run, kvm_sregs,
-    kvm_xcrs,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_guest_debug,
+    kvm_msr_entry, kvm_run, kvm_sregs, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 use memory::{Gpa, MachineAddr};
@@ -34,7 +34,7 @@ use x86_spec::reg::{cr0, cr4, efer, gpr};
 use crate::capabilities::PREEMPTION_TIMER_SHIFT;
 use crate::kick::{Armed, KickState, Timer};
 use crate::state::{Dirty, KvmState};
-use crate::{Shared, host, host_tsc, unsupported};
+use crate::{Shared, apics, host, host_tsc, unsupported};
 use crate::{fpu, host_vmx};
 
 /// How often NMI blocking is looked at while an NMI waits: KVM has no NMI-window exit for userspace.
@@ -63,6 +63,10 @@ pub(crate) enum Failure {
     /// KVM stopped at a breakpoint of [`KvmVcpu::set_breakpoints`].
     #[error("KVM stopped at a breakpoint that L0 did not set")]
     Breakpoint,
+    #[error(
+        "KVM can't emulate an instruction that needs its local APIC; --irqchip userspace leaves the local APIC to nestvmm"
+    )]
+    Apic,
     #[error("KVM waits for the answer to an access that L0 left open")]
     Open,
     #[error(
@@ -208,6 +212,9 @@ impl KvmVcpu {
                 fd.set_sync_valid_reg(part);
             }
         }
+        if shared.has_apics {
+            apics::enter_virtual_wire_mode(&fd)?;
+        }
         let mut state = KvmState::new(
             fd.get_regs().map_err(host("KVM_GET_REGS"))?,
             fd.get_sregs().map_err(host("KVM_GET_SREGS"))?,
@@ -272,9 +279,20 @@ impl KvmVcpu {
 
     /// Whether L0 answers an exit for this reason without a look at system registers.
     fn is_light(&self, reason: Option<u32>) -> bool {
-        const LIGHT: [u32; 5] =
-            [KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_HLT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SET_TPR];
+        const LIGHT: [u32; 6] = [
+            KVM_EXIT_IO,
+            KVM_EXIT_MMIO,
+            KVM_EXIT_HLT,
+            KVM_EXIT_IRQ_WINDOW_OPEN,
+            KVM_EXIT_SET_TPR,
+            KVM_EXIT_IOAPIC_EOI,
+        ];
         !self.shows_all && reason.is_some_and(|r| LIGHT.contains(&r))
+    }
+
+    /// The guest is about to use VMX: VMCALL is its own.
+    pub(crate) fn keep_hypercall_code(&self) {
+        self.shared.keep_hypercall_code();
     }
 
     /// Has every exit show the system registers.
@@ -608,8 +626,16 @@ impl KvmVcpu {
             return Err(Failure::Open);
         }
         self.shared.realise(vmcs.controls.eptp, vmcs.controls.msr_bitmap)?;
-        // Loaded with the system registers, if they are; else see below.
-        self.state.sregs.cr8 = regs.cr8;
+        if self.shared.has_apics
+            && let Some(vector) = apics::take_pic_interrupt(vmcs, self.state.events.interrupt.injected != 0)
+        {
+            host_vmx::interrupt(&self.fd, vector)?;
+            self.run_structure().ready_for_interrupt_injection = 0;
+        }
+        if !self.shared.has_apics {
+            // Loaded with the system registers, if they are; else see below.
+            self.state.sregs.cr8 = regs.cr8;
+        }
         self.load(vmcs, regs)?;
         self.load_beside(vmcs, regs)?;
         vmcs.controls.entry_interruption = InterruptionInfo::NONE;
@@ -672,6 +698,12 @@ impl KvmVcpu {
                 VmExit { instruction_length: 1, ..VmExit::new(ExitReason::Hlt) }
             }
             KVM_EXIT_IRQ_WINDOW_OPEN => self.with_interrupted_event(VmExit::new(ExitReason::InterruptWindow)),
+            KVM_EXIT_IOAPIC_EOI => {
+                // SAFETY: the exit reason says which member of the union KVM wrote.
+                let vector = unsafe { run.__bindgen_anon_1.eoi.vector };
+                let exit = VmExit::new(ExitReason::VirtualizedEoi).qualified(vector.into());
+                self.with_interrupted_event(exit)
+            }
             // The task priority fell: L0 looks at its local APIC again.
             KVM_EXIT_SET_TPR => self.with_interrupted_event(VmExit::new(ExitReason::ExternalInterrupt)),
             KVM_EXIT_X86_RDMSR => {
@@ -974,7 +1006,7 @@ impl Vcpu for KvmVcpu {
     fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), EngineError> {
         let entries: Vec<_> = entries
             .iter()
-            .map(|e| with_kvm_limits(*e))
+            .map(|e| if self.shared.has_apics { *e } else { with_kvm_limits(*e) })
             .map(|e| kvm_cpuid_entry2 {
                 function: e.leaf,
                 index: e.subleaf.unwrap_or(0),
@@ -997,7 +1029,8 @@ impl Vcpu for KvmVcpu {
 
     /// KVM takes NMIs at any time, and an interrupt when it says so at an exit.
     fn event_windows(&self) -> Option<EventWindows> {
-        self.shared.host_vmx.then_some(EventWindows { interrupt: self.takes_interrupt, nmi: true })
+        let kvm_decides = self.shared.host_vmx || self.shared.has_apics;
+        kvm_decides.then_some(EventWindows { interrupt: self.takes_interrupt, nmi: true })
     }
 
     fn failure(&self) -> Option<&str> {

@@ -74,6 +74,32 @@ pub enum EngineError {
     },
 }
 
+/// An interrupt message as a device writes it to memory (SDM Vol. 3A §11.11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Message address: FEE0_0000H with destination and its mode.
+    pub address: u32,
+    /// Message data: vector, delivery mode, trigger mode.
+    pub data: u32,
+}
+
+/// Local APICs that the engine has, with all that leads to a vCPU: the guest's accesses to their registers do
+/// not exit, HLT waits in the engine, and interrupts and NMIs are delivered without L0. What is outside (I/O
+/// APIC, 8259) stays L0's:
+///
+/// - an interrupt of the 8259 that L0 injects as an external interrupt goes to the processor through LINT0;
+///   [`Vcpu::event_windows`] says whether that lets it through now, "interrupt-window exiting" exits when it does;
+/// - the end of an interrupt whose message is one of [`Self::set_level_messages`] exits with "virtualized EOI" (SDM
+///   Vol. 3C §30.1.4), its vector in the exit qualification.
+pub trait LocalApics: Send + Sync {
+    /// Delivers a message. Returns whether an APIC accepted it.
+    fn send(&self, message: Message) -> bool;
+    /// The messages of all level-triggered pins of the I/O APIC, by pin.
+    fn set_level_messages(&self, messages: &[Option<Message>]);
+    /// The frequency of their timers, in hertz.
+    fn timer_frequency(&self) -> u32;
+}
+
 /// Something that runs guests of one level.
 pub trait Engine: Send + Sync {
     /// Its vCPU type.
@@ -108,6 +134,11 @@ pub trait Engine: Send + Sync {
     /// sees neither them nor the guests that they start.
     fn serves_vmx(&self) -> bool {
         false
+    }
+
+    /// The local APICs, if they are the engine's and not L0's.
+    fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        None
     }
 
     /// Drops cached translations of all vCPUs. Takes effect in each vCPU before its next
@@ -275,7 +306,8 @@ pub trait Vcpu: Send {
     }
 
     /// Which events can be injected now, where that does not follow from the VMCS's RFLAGS and interruptibility
-    /// state, as these may be those of a guest of the guest ([`Engine::serves_vmx`]). `None`: it does.
+    /// state, as these may be those of a guest of the guest ([`Engine::serves_vmx`]), or as the engine has the local
+    /// APIC, which the 8259's interrupts have to pass ([`LocalApics`]). `None`: it does.
     fn event_windows(&self) -> Option<EventWindows> {
         None
     }

@@ -118,6 +118,24 @@ impl Crystal {
         }
         Self { denominator: 1, numerator: numerator as u32, hz: (tsc_hz / numerator) as u32 }
     }
+
+    /// A crystal of `hz`, and the fraction that is nearest to the TSC's frequency among those that fit in Linux'
+    /// computation ([`Self::for_tsc`]).
+    fn of(hz: u32, tsc_hz: u64) -> Self {
+        let most = u64::from(u32::MAX) / u64::from(hz / 1000).max(1);
+        let (mut a, mut b) = (tsc_hz, u64::from(hz).max(1));
+        // The last two convergents of the continued fraction.
+        let ((mut n0, mut d0), (mut n1, mut d1)) = ((0, 1), (1, 0));
+        while b != 0 {
+            let (n, d) = (a / b * n1 + n0, a / b * d1 + d0);
+            if n > most {
+                break;
+            }
+            ((n0, d0), (n1, d1)) = ((n1, d1), (n, d));
+            (a, b) = (b, a % b);
+        }
+        Self { denominator: d1.max(1) as u32, numerator: n1 as u32, hz }
+    }
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -189,6 +207,17 @@ impl CpuidModel {
     /// Whether VMX is shown (01H:ECX bit 5).
     pub fn has_vmx(&self) -> bool {
         self.leaf1[2] & LEAF1_ECX_VMX != 0
+    }
+
+    /// Shows a crystal of `hz`, which the local APIC's timer counts at.
+    #[must_use]
+    pub fn with_apic_timer(mut self, hz: u32) -> Self {
+        self.crystal = Crystal::of(
+            hz,
+            u64::from(self.crystal.hz) * u64::from(self.crystal.numerator)
+                / u64::from(self.crystal.denominator.max(1)),
+        );
+        self
     }
 
     /// Shows VMX.
@@ -409,6 +438,19 @@ const fn word(bytes: &[u8; 4]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_given_crystal_is_related_to_the_tsc_as_well_as_linux_can_compute() {
+        let of = |tsc| Crystal::of(1_000_000_000, tsc);
+        assert_eq!((of(2_000_000_000).numerator, of(2_000_000_000).denominator), (2, 1));
+        assert_eq!((of(2_900_000_000).numerator, of(2_900_000_000).denominator), (29, 10));
+        for tsc in [2_394_374_000_u64, 2_194_843_216, 3_000_000_001, 999_999_937] {
+            let c = of(tsc);
+            let shown = u64::from(c.hz) * u64::from(c.numerator) / u64::from(c.denominator);
+            assert!(shown.abs_diff(tsc) < tsc / 1_000_000, "{c:?} for {tsc}");
+            assert!(u64::from(c.numerator) * 1_000_000 <= u32::MAX.into(), "{c:?}");
+        }
+    }
 
     /// An engine that claims every feature bit.
     fn greedy() -> CpuidModel {

@@ -82,6 +82,7 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         | R::Vmfunc
         | R::Invept
         | R::Invvpid => l0("L1's VMX is emulated", vmx_instruction),
+        R::VirtualizedEoi => l0("the I/O APIC is L0's, the local APIC the engine's", virtualized_eoi),
         R::Mwait => l0("L0 waits on the guest's behalf", mwait),
         R::Monitor => l0("MONITOR is not offered or not enabled", invalid_opcode),
         R::Getsec | R::Rsm | R::Umwait | R::Tpause | R::Encls => l0("not offered", invalid_opcode),
@@ -99,7 +100,6 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
         | R::Pause
         | R::TprBelowThreshold
         | R::ApicAccess
-        | R::VirtualizedEoi
         | R::GdtrIdtrAccess
         | R::LdtrTrAccess
         | R::ApicWrite
@@ -113,6 +113,13 @@ pub fn route<E: Engine>(reason: ExitReason) -> Route<E> {
 }
 
 fn resume<E: Engine>(_: &mut VcpuLoop<E>, _: &VmExit) -> Outcome {
+    Outcome::Resume
+}
+
+/// The engine's local APIC ended an interrupt of a level-triggered pin: its vector is in the qualification
+/// (SDM Vol. 3C table 28-1).
+fn virtualized_eoi<E: Engine>(cpu: &mut VcpuLoop<E>, exit: &VmExit) -> Outcome {
+    cpu.board().interrupts().end_of_interrupt(exit.qualification as u8);
     Outcome::Resume
 }
 

@@ -12,6 +12,7 @@
 //!
 //! Not supported: more than one vCPU (the structure allows it), SMM.
 
+mod apics;
 pub mod board;
 pub mod cpuid;
 pub mod ept01;

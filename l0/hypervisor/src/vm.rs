@@ -14,6 +14,7 @@ use memory::{L1Ram, MachineAddr, MachineMemory, MemoryError, PAGE_SIZE, PagePool
 
 use x86_spec::controls::PrimaryControls;
 
+use crate::apics::EngineApics;
 use crate::board::Board;
 use crate::cpuid::CpuidModel;
 use crate::ept01::Ept01;
@@ -134,6 +135,9 @@ impl<E: Engine + 'static> VmBuilder<E> {
         let hz = engine.tsc_frequency().max(1);
         let mut cpuid = CpuidModel::new(|l, s| engine.supported_features(l, s), hz, config.cpus);
         let exits = PrimaryControls::MONITOR_EXITING | PrimaryControls::MWAIT_EXITING;
+        if let Some(apics) = engine.local_apics() {
+            cpuid = cpuid.with_apic_timer(apics.timer_frequency());
+        }
         let monitor = engine.supported_features(1, 0)[2] & 1 << 3 != 0;
         cpuid = cpuid.with_monitor(monitor && engine.capabilities().has_primary(exits));
         if config.vmx && engine.serves_vmx() {
@@ -178,6 +182,11 @@ impl<E: Engine + 'static> VmBuilder<E> {
         let for_notifier = handle.clone();
         if !board.interrupts().set_notifier(Box::new(move |cpu| for_notifier.notify(cpu))) {
             tracing::warn!("the interrupt controllers report to someone else already");
+        }
+        if let Some(apics) = self.engine.local_apics()
+            && !board.interrupts().use_other_apics(Box::new(EngineApics(apics)))
+        {
+            tracing::warn!("the interrupt controllers have other local APICs already");
         }
         Arc::new(Vm { base: self, board, handle })
     }

@@ -509,6 +509,10 @@ pub struct RunArgs {
     /// incomplete]
     #[arg(long, value_enum)]
     pub vmx: Option<VmxChoice>,
+    /// Where the guest's local APIC is with --engine kvm [default: split for a guest without VMX and IOMMU, if KVM can
+    /// do that; else userspace]
+    #[arg(long, value_enum)]
+    pub irqchip: Option<IrqchipChoice>,
     /// How L1 accesses its VMCS
     #[arg(long, value_enum, default_value_t = VmcsAccessChoice::Shadow)]
     pub vmcs_access: VmcsAccessChoice,
@@ -600,6 +604,17 @@ pub struct DoctorArgs {
 }
 
 impl RunArgs {
+    /// Why the guest's local APIC can't be KVM's, if it can't.
+    pub fn needs_apic_here(&self) -> Option<&'static str> {
+        if self.vmx() != VmxChoice::Off {
+            Some("the local APIC of a guest that uses VMX has to be here; use --vmx off")
+        } else if self.iommu != IommuChoice::Off {
+            Some("the IOMMU remaps interrupts for a local APIC that is here; use --iommu off")
+        } else {
+            None
+        }
+    }
+
     /// Which VMX the guest is offered. On `/dev/kvm` one only if it was asked for: see docs/unsupported.md.
     pub fn vmx(&self) -> VmxChoice {
         let default = if self.engine == EngineChoice::Kvm { VmxChoice::Off } else { VmxChoice::On };
@@ -664,6 +679,15 @@ pub enum VmxChoice {
     Off,
     /// That of the host's KVM, if it has nested virtualization; with --engine kvm.
     Host,
+}
+
+/// `--irqchip`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IrqchipChoice {
+    /// The local APIC in KVM, I/O APIC and 8259 here: its accesses and HLT cost no exits.
+    Split,
+    /// All here, as with --engine soft.
+    Userspace,
 }
 
 /// A switch.

@@ -18,8 +18,8 @@ use memory::{MachineMemory, RamLayout};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{
-    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, IommuChoice, OnCrash, OnOff, OnReset,
-    RunArgs, VmcsAccessChoice, VmxChoice,
+    ConsoleTarget, EngineChoice, EntryPoint, EptSyncChoice, Explain, IommuChoice, IrqchipChoice, OnCrash,
+    OnOff, OnReset, RunArgs, VmcsAccessChoice, VmxChoice,
 };
 use crate::console::{Console, Output};
 use crate::crash;
@@ -59,6 +59,14 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
     }
     if args.vmx() == VmxChoice::Host {
         check_host_vmx(args)?;
+    }
+    if args.irqchip == Some(IrqchipChoice::Split) {
+        if args.engine != EngineChoice::Kvm {
+            return Err(Failure::usage("--irqchip split: only KVM has a local APIC; add --engine kvm"));
+        }
+        if let Some(why) = args.needs_apic_here() {
+            return Err(Failure::usage(format!("--irqchip split: {why}")));
+        }
     }
     check_host_memory(args.memory.0)?;
     // Before anything is made that a signal must not leave behind.
@@ -118,7 +126,7 @@ fn run_machines(
                 boot_once(KvmEngine::serving_vmx, args, files, disks, output, session, exec)?
             }
             EngineChoice::Kvm => {
-                let kvm = |memory| kvm_engine(memory, args.translator == OnOff::On);
+                let kvm = |memory| kvm_engine(args, memory);
                 boot_once(kvm, args, files, disks, output, session, exec)?
             }
             EngineChoice::Soft | EngineChoice::Auto => {
@@ -164,16 +172,24 @@ fn soft_engine(memory: Arc<MachineMemory>, translate: bool) -> Result<SoftEngine
 
 /// KVM, with the software engine for what KVM can't do.
 fn kvm_engine(
+    args: &RunArgs,
     memory: Arc<MachineMemory>,
-    translate: bool,
 ) -> Result<HybridEngine<SoftEngine>, engine::EngineError> {
     /// Said once, however often the machine is reset.
     static NOTICE: std::sync::Once = std::sync::Once::new();
-    let engine = HybridEngine::new(memory.clone(), soft_engine(memory, translate)?)?;
+    let engine = HybridEngine::new(memory.clone(), soft_engine(memory, args.translator == OnOff::On)?)?;
     if !engine.flaws().is_empty() {
         NOTICE.call_once(|| tracing::warn!("{}", without_kvm(engine.flaws())));
     }
-    Ok(engine)
+    match (args.irqchip, engine.without_local_apics()) {
+        (Some(IrqchipChoice::Userspace), _) => Ok(engine),
+        (None, _) if args.needs_apic_here().is_some() => Ok(engine),
+        (None, Some(why)) => {
+            tracing::info!("the local APIC is not in KVM: {why}");
+            Ok(engine)
+        }
+        (Some(IrqchipChoice::Split), _) | (None, None) => engine.with_local_apics(),
+    }
 }
 
 /// What users of `--engine kvm` are told about a KVM that runs nothing.

@@ -161,6 +161,19 @@ pub mod apic {
         let id = msr(0x802);
         let _ = wrmsr(ICR, id << 32 | 4 << 8 | 1 << 14);
     }
+    /// Has the timer interrupt again and again, each time after `count` ticks of its clock.
+    pub fn start_timer(vector: u8, count: u32) {
+        /// LVT timer: periodic (SDM Vol. 3A §11.5.4).
+        const PERIODIC: u64 = 1 << 17;
+        // Divide by 1.
+        let _ = wrmsr(0x83e, 0xb);
+        let _ = wrmsr(0x832, PERIODIC | u64::from(vector));
+        let _ = wrmsr(0x838, count.into());
+    }
+    /// Stops the timer.
+    pub fn stop_timer() {
+        let _ = wrmsr(0x838, 0);
+    }
     /// End of interrupt.
     pub fn eoi() {
         let _ = wrmsr(0x80b, 0);

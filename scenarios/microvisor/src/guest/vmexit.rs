@@ -22,6 +22,10 @@ const UNASSIGNED: u64 = 0xfed4_0000;
 const FRESH: u64 = 16 << 20;
 /// The interrupt that is sent to this processor itself.
 const VECTOR: u8 = 0x51;
+/// And one that ends a HLT that missed it.
+const RESCUE_VECTOR: u8 = 0x52;
+/// How long such a HLT lasts, in ticks of the local APIC's clock: 17 ms to 0.7 s.
+const RESCUE_TICKS: u32 = 1 << 24;
 
 /// One measurement: what happens once a round, given the round's number.
 struct Exit {
@@ -93,6 +97,9 @@ fn self_ipi_nop() {
     cpu::interrupts_for_a_moment();
 }
 
+/// The interrupt comes after HLT: STI holds it back for one instruction. QEMU's TCG forgets that when its own guest, a
+/// hypervisor with SVM, is interrupted in between: then it comes before HLT, and HLT waits. A timer makes that a slow
+/// round and not an endless one.
 fn self_ipi_hlt() {
     cpu::apic::send_self(VECTOR);
     unsafe { asm!("sti", "hlt", "cli") };
@@ -115,6 +122,10 @@ fn measure(exit: &Exit, rounds: u32) -> bool {
     unsafe { (&raw mut trap::TRAP.vector).write_volatile(trap::NONE) };
     let taken = trap::interrupts(VECTOR);
     let times = samples(rounds);
+    let rescued = exit.name == "self_ipi_sti_hlt";
+    if rescued {
+        cpu::apic::start_timer(RESCUE_VECTOR, RESCUE_TICKS);
+    }
     let mut round = 0;
     cpu::outb(BEGIN_PORT, 0);
     for time in times.iter_mut() {
@@ -122,6 +133,9 @@ fn measure(exit: &Exit, rounds: u32) -> bool {
         (exit.once)(round);
         *time = (cpu::tsc() - start).min(u32::MAX.into()) as u32;
         round += 1;
+    }
+    if rescued {
+        cpu::apic::stop_timer();
     }
     if let Some(fault) = trap::last() {
         println!("skip {} (exception {} here)", exit.name, fault.vector);
