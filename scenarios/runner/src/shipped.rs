@@ -18,6 +18,7 @@ shipped! {
     "l2-boot",
     "l2-memory-pressure",
     "l2-two-at-once",
+    "l2-ten-boots",
     "depth-3",
 }
 
