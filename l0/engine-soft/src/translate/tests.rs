@@ -2,13 +2,16 @@
 
 use proptest::prelude::Rng;
 use proptest::test_runner::{RngAlgorithm, TestRng};
+use x86_spec::controls::PinbasedControls;
+use x86_spec::exit::ExitReason;
 use x86_spec::reg::{gpr, rflags};
 
 use crate::system::testutil::{CODE, DATA, Guest, MEMORY, NOT_PRESENT, STACK};
 
-/// Programs tried; each from several states.
-const PROGRAMS: u64 = 3_000;
+/// States that each program starts from.
 const STATES: u64 = 4;
+/// Ticks of the preemption timer, some tens of milliseconds: a few random programs never end.
+const TICKS: u32 = 1 << 20;
 /// Bytes of data that are compared.
 const DATA_SIZE: usize = 0x3000;
 
@@ -234,6 +237,7 @@ fn run(g: &mut Guest, gpr: [u64; 16], flags: u64, data: &[u8]) -> End {
     g.vmcs.guest.rsp = gpr[gpr::RSP];
     g.vmcs.guest.rip = CODE;
     g.vmcs.guest.rflags = flags;
+    g.vmcs.guest.preemption_timer = TICKS;
     g.regs.cr2 = 0;
     g.write(DATA, data);
     g.write(STACK - 0x400, &[0; 0x400]);
@@ -260,6 +264,7 @@ fn guest(threshold: u32) -> Guest {
     let mut g = Guest::long(&[]);
     g.vmcs.guest.segments[x86_spec::segment::seg::FS].base = 0x100;
     g.vmcs.guest.segments[x86_spec::segment::seg::GS].base = 0xffff_ffff_ffff_ff00;
+    g.vmcs.controls.pin |= PinbasedControls::VMX_PREEMPTION_TIMER;
     g.vcpu.cpu().translator.set_threshold(threshold);
     g
 }
@@ -267,9 +272,20 @@ fn guest(threshold: u32) -> Guest {
 /// The same end by both ways, to the byte and the flag, faults in the middle of a block included.
 #[test]
 fn translated_code_does_what_the_interpreter_does() {
-    let mut r = Random(TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    compare(3_000, &[0; 32]);
+}
+
+/// The same for longer: `cargo test --release -p engine-soft translated -- --ignored`.
+#[test]
+#[ignore = "takes a minute"]
+fn translated_code_does_what_the_interpreter_does_for_long() {
+    compare(200_000, &[1; 32]);
+}
+
+fn compare(programs: u64, seed: &[u8; 32]) {
+    let mut r = Random(TestRng::from_seed(RngAlgorithm::ChaCha, seed));
     let (mut interpreted, mut translated) = (guest(0), guest(1));
-    for n in 0..PROGRAMS {
+    for n in 0..programs {
         let program = r.program();
         for g in [&mut interpreted, &mut translated] {
             g.write(CODE, &[0x90; 0x200]);
@@ -284,6 +300,9 @@ fn translated_code_does_what_the_interpreter_does() {
             r.0.fill_bytes(&mut data);
             let wanted = run(&mut interpreted, gpr, flags, &data);
             let got = run(&mut translated, gpr, flags, &data);
+            if [&wanted, &got].iter().any(|end| end.exit.reason == ExitReason::PreemptionTimer) {
+                continue;
+            }
             assert!(
                 wanted == got,
                 "program {n}, state {state}: {program:02x?}\nfrom {gpr:x?} {flags:x}\n\
@@ -294,7 +313,7 @@ fn translated_code_does_what_the_interpreter_does() {
         }
     }
     let t = &translated.vcpu.cpu().translator;
-    assert!(t.translated > PROGRAMS, "only {} blocks were translated", t.translated);
+    assert!(t.translated > programs, "only {} blocks were translated", t.translated);
     assert_eq!(interpreted.vcpu.cpu().translator.translated, 0);
     assert_eq!(interpreted.memory.size(), MEMORY);
 }
