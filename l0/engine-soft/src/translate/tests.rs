@@ -6,7 +6,7 @@ use x86_spec::controls::PinbasedControls;
 use x86_spec::exit::ExitReason;
 use x86_spec::reg::{gpr, rflags};
 
-use crate::system::testutil::{CODE, DATA, Guest, MEMORY, NOT_PRESENT, STACK};
+use crate::system::testutil::{CODE, DATA, Guest, NOT_PRESENT, STACK};
 
 /// States that each program starts from.
 const STATES: u64 = 4;
@@ -285,6 +285,7 @@ fn translated_code_does_what_the_interpreter_does_for_long() {
 fn compare(programs: u64, seed: &[u8; 32]) {
     let mut r = Random(TestRng::from_seed(RngAlgorithm::ChaCha, seed));
     let (mut interpreted, mut translated) = (guest(0), guest(1));
+    let mut blocks = 0;
     for n in 0..programs {
         let program = r.program();
         for g in [&mut interpreted, &mut translated] {
@@ -299,9 +300,13 @@ fn compare(programs: u64, seed: &[u8; 32]) {
             let mut data = vec![0; DATA_SIZE];
             r.0.fill_bytes(&mut data);
             let wanted = run(&mut interpreted, gpr, flags, &data);
+            let before = translated.vcpu.cpu().translator.translated;
             let got = run(&mut translated, gpr, flags, &data);
+            blocks += translated.vcpu.cpu().translator.translated - before;
             if [&wanted, &got].iter().any(|end| end.exit.reason == ExitReason::PreemptionTimer) {
-                continue;
+                // They got differently far, also in what they did to memory.
+                (interpreted, translated) = (guest(0), guest(1));
+                break;
             }
             assert!(
                 wanted == got,
@@ -312,8 +317,5 @@ fn compare(programs: u64, seed: &[u8; 32]) {
             );
         }
     }
-    let t = &translated.vcpu.cpu().translator;
-    assert!(t.translated > programs, "only {} blocks were translated", t.translated);
-    assert_eq!(interpreted.vcpu.cpu().translator.translated, 0);
-    assert_eq!(interpreted.memory.size(), MEMORY);
+    assert!(blocks > programs, "only {blocks} blocks were translated");
 }
