@@ -17,6 +17,7 @@
 
 mod apics;
 mod capabilities;
+pub mod device;
 mod fpu;
 mod host_vmx;
 mod hybrid;
@@ -24,6 +25,7 @@ mod kick;
 mod probe;
 mod slots;
 mod state;
+pub mod tiny;
 mod vcpu;
 
 use std::io;
@@ -210,7 +212,7 @@ impl KvmEngine {
     /// # Errors
     /// As [`Self::new`], and when this host's KVM has no VMX for its guests.
     pub fn serving_vmx(memory: Arc<MachineMemory>) -> Result<Self, EngineError> {
-        let kvm = Kvm::new().map_err(host("opening /dev/kvm"))?;
+        let kvm = device::open()?;
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
         host_vmx::check(&kvm, |leaf, bits| {
@@ -234,23 +236,7 @@ impl KvmEngine {
     fn open_with(memory: Arc<MachineMemory>, host_vmx: bool) -> Result<Self, EngineError> {
         kick::install_handler()
             .map_err(|source| EngineError::Host { call: "installing a signal handler", source })?;
-        let kvm = Kvm::new().map_err(host("opening /dev/kvm"))?;
-        let version = kvm.get_api_version();
-        if version != 12 {
-            return Err(unsupported(format!("/dev/kvm has API version {version}, not 12")));
-        }
-        let needed = [
-            (Cap::UserMemory, "memory slots (KVM_CAP_USER_MEMORY)"),
-            (Cap::ImmediateExit, "immediate_exit (KVM_CAP_IMMEDIATE_EXIT)"),
-            (Cap::VcpuEvents, "vCPU events (KVM_CAP_VCPU_EVENTS)"),
-            (Cap::X86UserSpaceMsr, "MSR exits (KVM_CAP_X86_USER_SPACE_MSR, Linux 5.10)"),
-            (Cap::X86MsrFilter, "MSR filters (KVM_CAP_X86_MSR_FILTER, Linux 5.10)"),
-        ];
-        for (cap, name) in needed {
-            if !kvm.check_extension(cap) {
-                return Err(unsupported(format!("/dev/kvm lacks {name}")));
-            }
-        }
+        let kvm = device::open()?;
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
         let vm = kvm.create_vm().map_err(host("KVM_CREATE_VM"))?;

@@ -499,9 +499,9 @@ pub struct RunArgs {
     /// RAM, with suffix K, M, G or T; a plain number is MiB
     #[arg(short, long, value_name = "SIZE", default_value = "1G")]
     pub memory: MemorySize,
-    /// What executes the guest's instructions; auto takes the fastest that works here
-    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
-    pub engine: EngineChoice,
+    /// What executes the guest's instructions [default: auto, without a word about what it takes]
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineChoice>,
     /// Let the software engine make host code of what runs often, instead of interpreting all
     #[arg(long, value_enum, default_value_t = OnOff::On)]
     pub translator: OnOff,
@@ -615,9 +615,14 @@ impl RunArgs {
         }
     }
 
+    /// What executes the guest's instructions.
+    pub fn engine(&self) -> EngineChoice {
+        self.engine.unwrap_or(EngineChoice::Auto)
+    }
+
     /// Which VMX the guest is offered. On `/dev/kvm` one only if it was asked for: see docs/unsupported.md.
     pub fn vmx(&self) -> VmxChoice {
-        let default = if self.engine == EngineChoice::Kvm { VmxChoice::Off } else { VmxChoice::On };
+        let default = if self.engine() == EngineChoice::Kvm { VmxChoice::Off } else { VmxChoice::On };
         self.vmx.unwrap_or(default)
     }
 }
@@ -627,9 +632,9 @@ impl RunArgs {
 pub enum EngineChoice {
     /// The software CPU.
     Soft,
-    /// /dev/kvm; not for guests that are hypervisors.
+    /// /dev/kvm; VMX is incomplete with it.
     Kvm,
-    /// Whichever is best here: the software CPU in this version.
+    /// KVM if the guest has no VMX and a probe finds KVM right and faster, else the software CPU.
     Auto,
 }
 

@@ -1,21 +1,21 @@
 //! `nestvmm doctor`: what this host offers, and which engine would be used.
 
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::{Duration, Instant};
 
 use engine::Engine;
-use engine_kvm::KvmEngine;
+use engine_kvm::{KvmEngine, device};
 use engine_soft::SoftEngine;
-use hypervisor::{Ept02Config, RunEnd, Start, VcpuLoop, VmBuilder, VmConfig, VmcsAccess};
 use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer};
-use machine::boot::{BootGprs, BootState, BootTable};
-use machine::{Pc, PcConfig};
-use memory::{L1Gpa, MachineMemory};
+use memory::MachineMemory;
 use serde::Serialize;
 
 use crate::cli::DoctorArgs;
+use crate::engines::choice::{Need, Taken, choose};
+use crate::engines::{self, figures::Figures};
 use crate::status::Failure;
+
+/// Exits that are measured.
+const ROUNDS: u32 = 200;
 
 /// Everything that `doctor` finds out.
 #[derive(Debug, Serialize)]
@@ -23,7 +23,7 @@ struct Report {
     cpu: CpuReport,
     kvm: KvmReport,
     engines: Vec<EngineReport>,
-    chosen: Choice,
+    chosen: Choices,
 }
 
 #[derive(Debug, Serialize)]
@@ -57,14 +57,23 @@ struct EngineReport {
     name: &'static str,
     usable: bool,
     detail: String,
-    /// Measured: guest instructions a second in a small loop.
-    instructions_per_second: Option<u64>,
+    /// Measured.
+    figures: Figures,
+}
+
+/// What `--engine auto` takes.
+#[derive(Debug, Serialize)]
+struct Choices {
+    /// For a guest with VMX.
+    vmx: Chosen,
+    /// For one without (`--vmx off`).
+    plain: Chosen,
 }
 
 #[derive(Debug, Serialize)]
-struct Choice {
-    engine: &'static str,
-    why: &'static str,
+struct Chosen {
+    engine: Taken,
+    why: String,
 }
 
 /// Prints what this host offers.
@@ -78,11 +87,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
         kvm,
         cpu,
         engines: vec![soft_report(), kvm_engine_report()],
-        chosen: Choice {
-            engine: "soft",
-            why: "the software engine runs on every x86-64 host, and guests that are hypervisors; --engine kvm \
-                  asks for /dev/kvm",
-        },
+        chosen: Choices { vmx: chosen(Need::Vmx), plain: chosen(Need::Plain) },
     };
     if args.json {
         let text = serde_json::to_string_pretty(&report).map_err(Failure::internal)?;
@@ -107,7 +112,7 @@ fn print_report(r: &Report) {
     println!("            {}", features(&r.cpu.features));
     match &r.kvm {
         KvmReport::Absent => println!("KVM         no /dev/kvm"),
-        KvmReport::NotOpenable { reason } => println!("KVM         /dev/kvm can't be opened: {reason}"),
+        KvmReport::NotOpenable { reason } => println!("KVM         can't be used: {reason}"),
         KvmReport::Present { api_version, kind, capabilities } => {
             println!("KVM         /dev/kvm, API version {api_version}, {kind}");
             println!("            {}", features(capabilities));
@@ -116,12 +121,17 @@ fn print_report(r: &Report) {
     for e in &r.engines {
         let usable = if e.usable { "usable" } else { "not usable" };
         println!("Engine      {}: {usable}; {}", e.name, e.detail);
-        if let Some(speed) = e.instructions_per_second {
-            let millions = speed as f64 / 1e6;
-            println!("            {millions:.1} million guest instructions a second in a small loop");
+        if e.usable {
+            let f = &e.figures;
+            let speed = "million guest instructions a second in a small loop";
+            println!("            CPL 0: {}", f.cpl0_instructions_per_second.text(1e6, speed));
+            println!("            CPL 3: {}", f.cpl3_instructions_per_second.text(1e6, speed));
+            println!("            an exit: {}", f.exit_ns.text(1e3, "µs"));
         }
     }
-    println!("Chosen      {}: {}", r.chosen.engine, r.chosen.why);
+    for (guest, c) in [("with VMX", &r.chosen.vmx), ("--vmx off", &r.chosen.plain)] {
+        println!("Chosen      {guest}: {}; {}", c.engine.name(), c.why);
+    }
 }
 
 fn cpu_report() -> CpuReport {
@@ -173,12 +183,12 @@ fn cpu_report() -> CpuReport {
 }
 
 fn kvm_report(cpu: &CpuReport) -> KvmReport {
-    if !std::path::Path::new("/dev/kvm").exists() {
+    if !device::path().exists() {
         return KvmReport::Absent;
     }
-    let kvm = match Kvm::new() {
+    let kvm = match device::open() {
         Ok(kvm) => kvm,
-        Err(e) => return KvmReport::NotOpenable { reason: std::io::Error::from(e).to_string() },
+        Err(e) => return KvmReport::NotOpenable { reason: e.to_string() },
     };
     let kind = match cpu.virtualization {
         Some("vmx") => "on Intel VMX",
@@ -219,108 +229,33 @@ fn nested_state_works(kvm: &Kvm) -> bool {
 }
 
 fn kvm_engine_report() -> EngineReport {
-    let report =
-        |usable, detail, speed| EngineReport { name: "kvm", usable, detail, instructions_per_second: speed };
-    match engine_kvm::probe() {
+    let (usable, detail) = match engine_kvm::probe() {
         Ok(p) => {
             let limits = match p.flaws.as_slice() {
                 [] => "runs L1 on the processor, its VMX instructions and its guests in the software engine"
                     .into(),
                 flaws => crate::run::without_kvm(flaws),
             };
-            let detail = format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000);
-            match measure(KvmEngine::new) {
-                Ok((_, speed)) => report(true, detail, Some(speed)),
-                Err(why) => report(true, format!("{detail}; its speed could not be measured: {why}"), None),
-            }
+            (true, format!("guest TSC at {} MHz; {limits}", p.tsc_hz / 1_000_000))
         }
-        Err(e) => report(false, e.to_string(), None),
-    }
+        Err(e) => (false, e.to_string()),
+    };
+    EngineReport { name: "kvm", usable, detail, figures: Figures::of(KvmEngine::new, ROUNDS) }
 }
 
 fn soft_report() -> EngineReport {
-    let report =
-        |usable, detail, speed| EngineReport { name: "soft", usable, detail, instructions_per_second: speed };
-    match measure(SoftEngine::new) {
-        Ok((mhz, speed)) => report(true, format!("guest TSC at {mhz} MHz"), Some(speed)),
-        Err(why) => report(false, why, None),
-    }
-}
-
-/// Where the loop is put.
-const CODE_AT: u64 = 0x10_0000;
-/// Iterations of the loop: few at first, as a KVM that emulates kernel code may need a second for them;
-/// many where that took no time.
-const ROUNDS: [u32; 2] = [100_000, 20_000_000];
-/// No engine needs longer for the first rounds.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Below this, the time for the first rounds says nothing.
-const TOO_SHORT: Duration = Duration::from_millis(100);
-
-/// 32-bit code at privilege level 0: `rounds` times `dec ecx; jnz`, then a write to isa-debug-exit.
-fn loop_code(rounds: u32) -> [u8; 12] {
-    let [a, b, c, d] = rounds.to_le_bytes();
-    [0xb9, a, b, c, d, 0x49, 0x75, 0xfd, 0xb0, 0x00, 0xe6, 0xf4]
-}
-
-/// The engine's TSC frequency in MHz, and its instructions a second in a small loop of kernel code.
-fn measure<E: Engine + 'static>(
-    new_engine: impl Fn(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
-) -> Result<(u64, u64), String> {
-    let (mhz, took) = run_loop(&new_engine, ROUNDS[0])?;
-    let (rounds, took) =
-        if took < TOO_SHORT { (ROUNDS[1], run_loop(&new_engine, ROUNDS[1])?.1) } else { (ROUNDS[0], took) };
-    let ns = took.as_nanos().max(1);
-    let speed = u128::from(rounds) * 2 * 1_000_000_000 / ns;
-    Ok((mhz, u64::try_from(speed).unwrap_or(u64::MAX)))
-}
-
-/// Runs the loop; the engine's TSC frequency in MHz and the time that it took.
-fn run_loop<E: Engine + 'static>(
-    new_engine: &impl Fn(Arc<MachineMemory>) -> Result<E, engine::EngineError>,
-    rounds: u32,
-) -> Result<(u64, Duration), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    let config = VmConfig {
-        ram: 4 << 20,
-        cpus: 1,
-        vmx: false,
-        vmcs_access: VmcsAccess::Trapped,
-        ept02: Ept02Config::default(),
+    let engine = MachineMemory::new(0x1000)
+        .map_err(|e| e.to_string())
+        .and_then(|memory| SoftEngine::new(Arc::new(memory)).map_err(|e| e.to_string()));
+    let (usable, detail) = match engine {
+        Ok(e) => (true, format!("guest TSC at {} MHz", e.tsc_frequency() / 1_000_000)),
+        Err(why) => (false, why),
     };
-    let size = config.machine_memory().ok_or("no memory size")?;
-    let memory = Arc::new(MachineMemory::new(size).map_err(|e| text(&e))?);
-    let engine = Arc::new(new_engine(memory.clone()).map_err(|e| text(&e))?);
-    let mhz = engine.tsc_frequency() / 1_000_000;
-    let builder = VmBuilder::new(engine, memory, config).map_err(|e| text(&e))?;
-    let pc_config = PcConfig {
-        ram_bytes: config.ram,
-        debug_exit: true,
-        clock: Some(builder.clock()),
-        ..PcConfig::default()
-    };
-    let pc = Pc::new(pc_config, &builder.tscs()).map_err(|e| text(&e))?;
-    builder.ram().write(L1Gpa(CODE_AT), &loop_code(rounds)).map_err(|e| text(&e))?;
-    let state = BootState::protected32(CODE_AT as u32, BootGprs::default(), (8, 16), BootTable::default());
-    let vm = builder.build(Arc::new(pc));
-    let mut vcpu = VcpuLoop::new(vm.clone(), 0, Start::Boot(&state)).map_err(|e| text(&e))?;
-    let handle = vm.handle().clone();
-    let (done, patience) = std::sync::mpsc::channel::<()>();
-    let watchdog = std::thread::spawn(move || {
-        if patience.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            handle.stop();
-        }
-    });
-    let start = Instant::now();
-    let end = vcpu.run();
-    let took = start.elapsed();
-    drop(done);
-    // It only waits and stops; a panic of it would change nothing here.
-    let _ = watchdog.join();
-    match end {
-        RunEnd::DebugExit(_) => {}
-        RunEnd::Stopped => return Err(format!("the test loop was not done after {} s", PATIENCE.as_secs())),
-        other => return Err(format!("the test loop ended with {other:?}")),
-    }
-    Ok((mhz, took))
+    EngineReport { name: "soft", usable, detail, figures: Figures::of(SoftEngine::new, ROUNDS) }
+}
+
+/// What `--engine auto` takes for a guest that needs this.
+fn chosen(need: Need) -> Chosen {
+    let choice = choose(need, &engines::look(need));
+    Chosen { engine: choice.engine, why: choice.why.to_string() }
 }

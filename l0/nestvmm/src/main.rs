@@ -8,6 +8,7 @@ mod crash;
 mod demo;
 mod disks;
 mod doctor;
+mod engines;
 mod exec;
 mod image;
 mod image_command;

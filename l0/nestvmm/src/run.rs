@@ -24,6 +24,8 @@ use crate::cli::{
 use crate::console::{Console, Output};
 use crate::crash;
 use crate::disks::{self, Disks};
+use crate::engines::choice::{Choice, Need, Taken, choose};
+use crate::engines::{self, Findings};
 use crate::exec::NO_STATUS;
 use crate::exec::host::Exec;
 use crate::session::{Running, Session};
@@ -33,6 +35,8 @@ use crate::trace_file::TraceFile;
 
 /// Number of vCPUs.
 const CPUS: u16 = 1;
+/// Where the log has what `--engine auto` takes.
+const CHOICE: &str = "nestvmm::engine";
 /// Stack of a vCPU's thread in bytes.
 const VCPU_STACK: usize = 16 << 20;
 
@@ -52,7 +56,7 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
 
 fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure> {
     start_log(args)?;
-    if args.engine == EngineChoice::Kvm && args.ept_sync == EptSyncChoice::WriteProtect {
+    if args.engine() == EngineChoice::Kvm && args.ept_sync == EptSyncChoice::WriteProtect {
         return Err(Failure::usage(
             "--ept-sync write-protect: KVM can't write-protect single pages; use --engine soft",
         ));
@@ -61,7 +65,7 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
         check_host_vmx(args)?;
     }
     if args.irqchip == Some(IrqchipChoice::Split) {
-        if args.engine != EngineChoice::Kvm {
+        if args.engine() != EngineChoice::Kvm {
             return Err(Failure::usage("--irqchip split: only KVM has a local APIC; add --engine kvm"));
         }
         if let Some(why) = args.needs_apic_here() {
@@ -105,6 +109,73 @@ fn run_until_end(args: &RunArgs, exec: Option<&Arc<Exec>>) -> Result<u8, Failure
     }
 }
 
+/// What executes the guest's instructions.
+enum Engines {
+    Soft,
+    Kvm,
+    /// KVM, and VMX too.
+    HostVmx,
+    Auto(Choice),
+}
+
+impl Engines {
+    fn of(args: &RunArgs) -> Self {
+        let need = match args.vmx() {
+            VmxChoice::Off if args.ept_sync == EptSyncChoice::WriteProtect => Need::WriteProtection,
+            VmxChoice::Off => Need::Plain,
+            _ => Need::Vmx,
+        };
+        match args.engine() {
+            EngineChoice::Kvm if args.vmx() == VmxChoice::Host => Self::HostVmx,
+            EngineChoice::Kvm => Self::Kvm,
+            EngineChoice::Soft => Self::Soft,
+            EngineChoice::Auto => Self::Auto(choose(need, &engines::look(need))),
+        }
+    }
+
+    /// Tells what `--engine auto` takes, once for each engine, however often the machine is reset.
+    fn say(&self) {
+        static SAID: [std::sync::Once; 2] = [const { std::sync::Once::new() }; 2];
+        if let Self::Auto(choice) = self {
+            let [soft, kvm] = &SAID;
+            let said = if choice.engine == Taken::Soft { soft } else { kvm };
+            said.call_once(|| tracing::info!(target: CHOICE, "{choice}"));
+        }
+    }
+
+    /// What is left when the engine failed before the guest began; nothing if the user named one.
+    fn without_kvm(&self, cause: &engine::EngineError) -> Option<Self> {
+        match self {
+            Self::Auto(Choice { engine: Taken::Kvm, .. }) => {
+                Some(Self::Auto(choose(Need::Plain, &Findings::Unusable(cause.to_string()))))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Why there was no boot.
+enum BootFailure {
+    /// The engine, before the guest's first instruction.
+    Engine(engine::EngineError),
+    Other(Failure),
+}
+
+impl From<Failure> for BootFailure {
+    fn from(failure: Failure) -> Self {
+        Self::Other(failure)
+    }
+}
+
+impl From<VmError> for BootFailure {
+    fn from(e: VmError) -> Self {
+        match e {
+            VmError::Engine(e) => Self::Engine(e),
+            other => Self::Other(vm_failure(other)),
+        }
+    }
+}
+
 /// How a run ends.
 enum End {
     Status(u8),
@@ -120,19 +191,28 @@ fn run_machines(
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
 ) -> Result<End, Failure> {
+    let mut engine = Engines::of(args);
     loop {
-        let end = match args.engine {
-            EngineChoice::Kvm if args.vmx() == VmxChoice::Host => {
-                boot_once(KvmEngine::serving_vmx, args, files, disks, output, session, exec)?
+        let translate = args.translator == OnOff::On;
+        let soft = |memory| {
+            engine.say();
+            soft_engine(memory, translate)
+        };
+        let booted = match engine {
+            Engines::HostVmx => boot_once(KvmEngine::serving_vmx, args, files, disks, output, session, exec),
+            Engines::Kvm | Engines::Auto(Choice { engine: Taken::Kvm, .. }) => {
+                let kvm = |memory| kvm_engine(args, memory).inspect(|_| engine.say());
+                boot_once(kvm, args, files, disks, output, session, exec)
             }
-            EngineChoice::Kvm => {
-                let kvm = |memory| kvm_engine(args, memory);
-                boot_once(kvm, args, files, disks, output, session, exec)?
+            Engines::Soft | Engines::Auto(_) => boot_once(soft, args, files, disks, output, session, exec),
+        };
+        let end = match booted {
+            Ok(end) => end,
+            Err(BootFailure::Engine(e)) => {
+                engine = engine.without_kvm(&e).ok_or_else(|| Failure::host(e))?;
+                continue;
             }
-            EngineChoice::Soft | EngineChoice::Auto => {
-                let soft = |memory| soft_engine(memory, args.translator == OnOff::On);
-                boot_once(soft, args, files, disks, output, session, exec)?
-            }
+            Err(BootFailure::Other(failure)) => return Err(failure),
         };
         match end {
             RunEnd::PowerOff => return Ok(End::Status(status::POWER_OFF)),
@@ -207,7 +287,7 @@ fn boot_once<E: Engine + 'static>(
     output: &Output,
     session: &Arc<Session>,
     exec: Option<&Arc<Exec>>,
-) -> Result<RunEnd, Failure> {
+) -> Result<RunEnd, BootFailure> {
     let config = VmConfig {
         ram: args.memory.0,
         cpus: CPUS.into(),
@@ -217,8 +297,8 @@ fn boot_once<E: Engine + 'static>(
     };
     let size = config.machine_memory().ok_or_else(|| Failure::usage("--memory: too much"))?;
     let memory = Arc::new(MachineMemory::new(size).map_err(Failure::host)?);
-    let engine = Arc::new(new_engine(memory.clone()).map_err(Failure::host)?);
-    let builder = VmBuilder::new(engine, memory, config).map_err(vm_failure)?;
+    let engine = Arc::new(new_engine(memory.clone()).map_err(BootFailure::Engine)?);
+    let builder = VmBuilder::new(engine, memory, config)?;
 
     let command_line = files.command_line.as_deref();
     let pc_config = PcConfig {
@@ -263,7 +343,7 @@ fn boot_once<E: Engine + 'static>(
     let vm = builder.build(pc.clone());
     let handle = vm.handle().clone();
     let tsc_hz = vm.engine().tsc_frequency();
-    let mut vcpu = VcpuLoop::new(vm, 0, Start::Boot(&loaded.state)).map_err(vm_failure)?;
+    let mut vcpu = VcpuLoop::new(vm, 0, Start::Boot(&loaded.state))?;
     let trace = args.trace_exits.as_deref();
     let trace = trace.map(|p| TraceFile::start(p, args.trace_exits_size.0, &handle, tsc_hz)).transpose()?;
     session.set_running(Running { pc, handle, stats_json: args.exit_stats_json.clone() });
@@ -287,7 +367,8 @@ fn boot_once<E: Engine + 'static>(
         }
         stopped.write_stats();
     }
-    end.map_err(|_| Failure::internal("internal error: the vCPU's thread panicked; please report this"))
+    let panicked = "internal error: the vCPU's thread panicked; please report this";
+    end.map_err(|_| Failure::internal(panicked).into())
 }
 
 /// Says why VM entries of the guest failed, if any did.
@@ -385,7 +466,7 @@ fn read_module(
 
 /// Options that say something about VMX which L0 has no part in.
 fn check_host_vmx(args: &RunArgs) -> Result<(), Failure> {
-    if args.engine != EngineChoice::Kvm {
+    if args.engine() != EngineChoice::Kvm {
         return Err(Failure::usage(
             "--vmx host: this is the VMX of the host's KVM; add --engine kvm, or leave it out for nestvmm's own VMX",
         ));
@@ -417,7 +498,10 @@ fn check_host_memory(bytes: u64) -> Result<(), Failure> {
 fn start_log(args: &RunArgs) -> Result<(), Failure> {
     let started = match &args.trace {
         None => tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::WARN)
+            .with_env_filter(EnvFilter::new(match args.engine {
+                Some(EngineChoice::Auto) => format!("warn,{CHOICE}=info"),
+                _ => "warn".into(),
+            }))
             .with_writer(io::stderr)
             .without_time()
             .with_target(false)

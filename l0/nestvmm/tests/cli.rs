@@ -135,7 +135,12 @@ fn doctor_prints_json() {
     let out = nestvmm(&["doctor", "--json"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let v: serde_json::Value = serde_json::from_slice(&out.stdout).expect("valid JSON");
-    assert_eq!(v["chosen"]["engine"], "soft");
+    assert_eq!(v["chosen"]["vmx"]["engine"], "soft", "VMX is incomplete with KVM: {v}");
+    assert!(["soft", "kvm"].map(Some).contains(&v["chosen"]["plain"]["engine"].as_str()), "{v}");
+    assert!(v["chosen"]["plain"]["why"].is_string(), "{v}");
     assert_eq!(v["engines"][0]["usable"], true, "{v}");
+    for figure in ["cpl0_instructions_per_second", "cpl3_instructions_per_second", "exit_ns"] {
+        assert!(v["engines"][0]["figures"][figure]["value"].as_f64() > Some(0.0), "{v}");
+    }
     assert!(v["cpu"]["vendor"].is_string() && v["kvm"]["state"].is_string());
 }

@@ -364,3 +364,66 @@ fn what_is_no_trace_is_an_error_that_says_so() {
         assert!(err.contains("this is no exit trace") && err.contains(file.to_str().unwrap()), "{err}");
     }
 }
+
+/// What opening `path` as KVM's device is opened ends with; nothing if it can be opened.
+fn opening(path: &Path) -> Option<std::io::Error> {
+    OpenOptions::new().read(true).write(true).open(path).err()
+}
+
+/// Runs a guest that ends with a debug exit with this device for KVM; what is on standard error.
+fn run_with_device(kernel: &Path, device: &Path, options: &[&str]) -> String {
+    let out = command(kernel, options).env("NESTVMM_KVM", device).output().unwrap();
+    let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+    // isa-debug-exit: (15H << 1) | 1.
+    assert_eq!(out.status.code(), Some(0x2b), "{options:?}: {errors}");
+    errors
+}
+
+#[test]
+fn auto_goes_on_without_kvm_and_says_why() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = kernel(dir.path(), &[&DEBUG_EXIT, &HALT]);
+    let missing = dir.path().join("no-kvm");
+    let closed = dir.path().join("closed");
+    File::create(&closed).unwrap().set_permissions(std::fs::Permissions::from_mode(0)).unwrap();
+    // Root may open the file, and finds that it is none of KVM's.
+    let no_kvm = || std::io::Error::from_raw_os_error(rustix::io::Errno::NOTTY.raw_os_error());
+    let devices = [
+        (missing.clone(), "opening the device that NESTVMM_KVM names", opening(&missing).unwrap()),
+        (dir.path().into(), "opening the device that NESTVMM_KVM names", opening(dir.path()).unwrap()),
+        match opening(&closed) {
+            Some(e) => (closed, "opening the device that NESTVMM_KVM names", e),
+            None => (closed, "KVM_GET_API_VERSION", no_kvm()),
+        },
+        ("/dev/null".into(), "KVM_GET_API_VERSION", no_kvm()),
+    ];
+    for (device, call, cause) in &devices {
+        for vmx in ["on", "off"] {
+            let options = ["--debug-exit", "--engine", "auto", "--vmx", vmx];
+            let errors = run_with_device(&kernel, device, &options);
+            assert_eq!(errors.lines().count(), 1, "{errors}");
+            let expected = format!("--engine auto takes soft: KVM can't be used: {call} failed: {cause}");
+            assert!(errors.contains(&expected), "no {expected:?} in {errors:?}");
+        }
+        // Nobody asked.
+        assert_eq!(run_with_device(&kernel, device, &["--debug-exit"]), "");
+        // Who asks for KVM gets it or an error.
+        let options = ["--debug-exit", "--engine", "kvm"];
+        let out = command(&kernel, &options).env("NESTVMM_KVM", device).output().unwrap();
+        assert_eq!(out.status.code(), Some(6));
+    }
+}
+
+#[test]
+fn auto_says_what_it_takes_whatever_the_host_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = kernel(dir.path(), &[&DEBUG_EXIT, &HALT]);
+    for (vmx, engines) in [("on", &["soft"][..]), ("off", &["soft", "kvm"])] {
+        let out = command(&kernel, &["--debug-exit", "--engine", "auto", "--vmx", vmx]).output().unwrap();
+        let errors = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(0x2b), "{errors}");
+        let said = engines.iter().any(|e| errors.contains(&format!("--engine auto takes {e}: ")));
+        assert!(said && errors.lines().count() == 1, "{errors}");
+    }
+}
