@@ -386,7 +386,7 @@ fn auto_goes_on_without_kvm_and_says_why() {
     let kernel = kernel(dir.path(), &[&DEBUG_EXIT, &HALT]);
     let missing = dir.path().join("no-kvm");
     let closed = dir.path().join("closed");
-    File::create(&closed).unwrap().set_permissions(std::fs::Permissions::from_mode(0)).unwrap();
+    File::create(&closed).unwrap().set_permissions(std::fs::Permissions::from_mode(0o000)).unwrap();
     // Root may open the file, and finds that it is none of KVM's.
     let no_kvm = || std::io::Error::from_raw_os_error(rustix::io::Errno::NOTTY.raw_os_error());
     let devices = [
