@@ -133,7 +133,7 @@ fn run(
     vmcs.controls.tsc_offset = TSC_OFFSET;
     let g = &mut vmcs.guest;
     // For a guest that never ends; on a busy host inside of another guest, a few instructions can take a second.
-    g.preemption_timer = u32::try_from(PATIENCE_S * engine.tsc_frequency() >> 5).unwrap_or(u32::MAX - 1);
+    g.preemption_timer = u32::try_from((PATIENCE_S * engine.tsc_frequency()) >> 5).unwrap_or(u32::MAX - 1);
     (g.cr0, g.cr3, g.cr4) = (cr0::PE | cr0::PG | cr0::ET | cr0::NE, PAGING, cr4::PAE);
     g.efer = efer::LME | efer::LMA | efer::SCE;
     let (dpl, rpl) = if user { (3 << 5, 3) } else { (0, 0) };

@@ -116,6 +116,15 @@ pub struct TraceShowArgs {
     /// Only exits that exit N caused
     #[arg(long, value_name = "N")]
     pub cause: Option<u64>,
+    /// Name L1's code by the symbols in FILE: ELF, System.map or /proc/kallsyms
+    #[arg(long, value_name = "FILE")]
+    pub symbols: Option<PathBuf>,
+    /// Name L2's code by the symbols in FILE
+    #[arg(long, value_name = "FILE")]
+    pub l2_symbols: Option<PathBuf>,
+    /// Hexadecimal number to add to the addresses in both files, for a kernel that moved itself
+    #[arg(long, value_name = "HEX", value_parser = parse_hex)]
+    pub symbol_offset: Option<u64>,
 }
 
 /// Arguments of `trace export`.
@@ -159,6 +168,12 @@ fn parse_seconds(s: &str) -> Result<u64, String> {
 fn parse_reason(s: &str) -> Result<ExitReason, String> {
     let found = ExitReason::ALL.iter().find(|r| r.name().eq_ignore_ascii_case(s));
     found.copied().ok_or_else(|| "is no exit reason; `nestvmm trace summary` names those that occur".into())
+}
+
+/// A hexadecimal number, with or without `0x`.
+fn parse_hex(s: &str) -> Result<u64, String> {
+    let digits = s.strip_prefix("0x").unwrap_or(s);
+    u64::from_str_radix(digits, 16).map_err(|e| format!("{s:?} is no hexadecimal number of 64 bits: {e}"))
 }
 
 fn parse_numbers(s: &str) -> Result<(u64, u64), String> {

@@ -17,6 +17,7 @@ mod run;
 mod scenario;
 mod session;
 mod status;
+mod symbols;
 mod terminal;
 mod trace_command;
 mod trace_file;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use exit_trace::{Event, Exit, Level, Statistics, Summary, Trace, TraceError};
 
@@ -10,6 +10,7 @@ use crate::cli::{
     TraceCommand, TraceExportArgs, TraceLevel, TraceOwner, TraceShowArgs, TraceSummaryArgs, TraceWindow,
 };
 use crate::status::Failure;
+use crate::symbols::Symbols;
 
 type TraceFile = Trace<BufReader<File>>;
 
@@ -101,7 +102,35 @@ fn wanted(args: &TraceShowArgs, e: &Exit) -> bool {
     level && owner && reason && number && cause
 }
 
+/// Symbols of both levels, as far as they were asked for.
+struct Names {
+    l1: Option<Symbols>,
+    l2: Option<Symbols>,
+}
+
+impl Names {
+    fn read(args: &TraceShowArgs) -> Result<Self, Failure> {
+        let offset = args.symbol_offset.unwrap_or(0);
+        let read = |path: &Option<PathBuf>| {
+            let symbols = path.as_ref().map(|p| Symbols::read(p, offset));
+            symbols.transpose().map_err(Failure::input)
+        };
+        Ok(Self { l1: read(&args.symbols)?, l2: read(&args.l2_symbols)? })
+    }
+
+    /// " in NAME+DISTANCE" for the code that exited.
+    fn of(&self, e: &Exit) -> String {
+        let symbols = match e.level {
+            Level::L1 => &self.l1,
+            Level::L2 => &self.l2,
+        };
+        let found = symbols.as_ref().and_then(|s| s.find(e.rip));
+        found.map(|(name, distance)| format!(" in {name}+{distance:#x}")).unwrap_or_default()
+    }
+}
+
 fn show(args: &TraceShowArgs) -> Result<(), Failure> {
+    let names = Names::read(args)?;
     let mut trace = open(&args.file)?;
     let mut out = BufWriter::new(io::stdout().lock());
     let mut result = Ok(());
@@ -117,11 +146,12 @@ fn show(args: &TraceShowArgs) -> Result<(), Failure> {
             {
                 result = writeln!(
                     out,
-                    "{:>5}.{:09} {e} guest {} ns L0 {} ns",
+                    "{:>5}.{:09} {e} guest {} ns L0 {} ns{}",
                     e.time_ns / 1_000_000_000,
                     e.time_ns % 1_000_000_000,
                     e.guest_ns,
-                    e.l0_ns
+                    e.l0_ns,
+                    names.of(&e)
                 );
             }
             result.is_ok()
