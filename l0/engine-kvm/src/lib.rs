@@ -26,6 +26,7 @@ mod probe;
 mod slots;
 mod state;
 pub mod tiny;
+pub mod traps;
 mod vcpu;
 
 use std::io;

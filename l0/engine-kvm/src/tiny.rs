@@ -59,6 +59,7 @@ pub struct Guest<E: Engine> {
     /// Guest state and controls.
     pub vmcs: EngineVmcs,
     pub(crate) regs: GuestRegs,
+    pub(crate) memory: Arc<MachineMemory>,
     ticks_per_second: u64,
 }
 
@@ -86,13 +87,20 @@ impl<E: Engine> Guest<E> {
         }
         memory.fill(MachineAddr(MSR_BITMAP), 0xff, 4096)?;
         memory.write(MachineAddr(CODE), code)?;
-        let engine = new_engine(memory)?;
+        let engine = new_engine(memory.clone())?;
         Ok(Self {
             vcpu: engine.create_vcpu()?,
             vmcs: context(level),
             regs: GuestRegs::reset(),
+            memory,
             ticks_per_second: engine.tsc_frequency() >> engine.capabilities().preemption_timer_shift,
         })
+    }
+
+    /// Has the next entry end after `limit`.
+    pub(crate) fn limit(&mut self, limit: Duration) {
+        let ticks = u128::from(self.ticks_per_second) * limit.as_micros() / 1_000_000;
+        self.vmcs.guest.preemption_timer = u32::try_from(ticks).unwrap_or(u32::MAX - 1);
     }
 
     /// Runs until an exit, at the latest after `limit`.
@@ -100,8 +108,7 @@ impl<E: Engine> Guest<E> {
     /// # Errors
     /// When the engine can't enter the context.
     pub fn enter(&mut self, limit: Duration) -> Result<VmExit, Unmeasured> {
-        let ticks = u128::from(self.ticks_per_second) * limit.as_micros() / 1_000_000;
-        self.vmcs.guest.preemption_timer = u32::try_from(ticks).unwrap_or(u32::MAX - 1);
+        self.limit(limit);
         let exit = self.vcpu.enter(&mut self.vmcs, &mut self.regs);
         match self.vcpu.failure() {
             Some(why) => Err(Unmeasured::Exit(why.to_owned())),
@@ -182,8 +189,40 @@ pub fn exits<E: Engine>(
     (0..rounds).map(|_| guest.exit(reason)).collect()
 }
 
+/// What it takes that another part of a composed engine runs a context, there and back: each is what two entries
+/// after a change of the part take more than those that follow them.
+///
+/// # Errors
+/// When the engine has no parts, one of them runs all, or the guest does not halt.
+pub fn hand_overs<E: Engine>(
+    new_engine: impl FnOnce(Arc<MachineMemory>) -> Result<E, EngineError>,
+    rounds: u32,
+) -> Result<Vec<Duration>, Unmeasured> {
+    let mut guest = Guest::new(new_engine, Level::Kernel, &HLT)?;
+    let entries = |guest: &Guest<E>| guest.vcpu.hand_overs().map_or(0, |h| h.entries);
+    let mut times = Vec::new();
+    // The first is not counted.
+    for _ in 0..=rounds {
+        let mut took = Duration::ZERO;
+        let before = entries(&guest);
+        for lenient in [true, false] {
+            // What is not lenient is not for KVM.
+            guest.vmcs.controls.lenient = lenient;
+            let changed = guest.exit(ExitReason::Hlt)?;
+            let same = guest.exit(ExitReason::Hlt)?;
+            took += changed.saturating_sub(same);
+        }
+        if entries(&guest).wrapping_sub(before) != 2 {
+            return Err(Unmeasured::Exit("all entries of one part of the engine".into()));
+        }
+        times.push(took);
+    }
+    times.remove(0);
+    Ok(times)
+}
+
 /// No exit takes that long.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 impl<E: Engine> Guest<E> {
     /// Enters until an exit for `wanted`; the time that it took.

@@ -193,8 +193,21 @@ pub enum BenchCommand {
     Vmexit(BenchVmexitArgs),
     /// Measure what exits of L2 take, by level, in all ways of VMCS access and MMU modes
     Exits(BenchExitsArgs),
+    /// Measure the speed of code under each engine, and what exits, VMX instructions and hand-overs take
+    Engines(BenchEnginesArgs),
     /// Run a fixed user-mode workload here and print a line per part, in milliseconds
     Mix,
+}
+
+/// Arguments of `bench engines`.
+#[derive(Debug, Args)]
+pub struct BenchEnginesArgs {
+    /// Rounds of each exit, at most 10000; medians are printed
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10000))]
+    pub rounds: u32,
+    /// Write everything that was measured as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// Arguments of `bench exits`.

@@ -11,7 +11,10 @@ use serde::Serialize;
 
 use crate::cli::DoctorArgs;
 use crate::engines::choice::{Need, Taken, choose};
-use crate::engines::{self, figures::Figures};
+use crate::engines::{
+    self,
+    figures::{Figures, TrapFigure, vmx_traps},
+};
 use crate::status::Failure;
 
 /// Exits that are measured.
@@ -23,6 +26,8 @@ struct Report {
     cpu: CpuReport,
     kvm: KvmReport,
     engines: Vec<EngineReport>,
+    /// How VMX instructions reach L0.
+    vmx_traps: Vec<TrapFigure>,
     chosen: Choices,
 }
 
@@ -48,8 +53,19 @@ struct Feature {
 #[serde(tag = "state", rename_all = "kebab-case")]
 enum KvmReport {
     Absent,
-    NotOpenable { reason: String },
-    Present { api_version: i32, kind: String, capabilities: Vec<Feature> },
+    NotOpenable {
+        reason: String,
+    },
+    Present {
+        api_version: i32,
+        /// In words.
+        kind: String,
+        /// What it virtualizes with.
+        hardware: Option<&'static str>,
+        /// What it gets wrong.
+        flaws: Vec<String>,
+        capabilities: Vec<Feature>,
+    },
 }
 
 #[derive(Debug, Serialize)]
@@ -87,6 +103,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
         kvm,
         cpu,
         engines: vec![soft_report(), kvm_engine_report()],
+        vmx_traps: vmx_traps(ROUNDS),
         chosen: Choices { vmx: chosen(Need::Vmx), plain: chosen(Need::Plain) },
     };
     if args.json {
@@ -113,7 +130,7 @@ fn print_report(r: &Report) {
     match &r.kvm {
         KvmReport::Absent => println!("KVM         no /dev/kvm"),
         KvmReport::NotOpenable { reason } => println!("KVM         can't be used: {reason}"),
-        KvmReport::Present { api_version, kind, capabilities } => {
+        KvmReport::Present { api_version, kind, capabilities, .. } => {
             println!("KVM         /dev/kvm, API version {api_version}, {kind}");
             println!("            {}", features(capabilities));
         }
@@ -128,6 +145,9 @@ fn print_report(r: &Report) {
             println!("            CPL 3: {}", f.cpl3_instructions_per_second.text(1e6, speed));
             println!("            an exit: {}", f.exit_ns.text(1e3, "µs"));
         }
+    }
+    for trap in &r.vmx_traps {
+        println!("VMX traps   {}: {}", trap.method, trap.ns.text(1e3, "µs"));
     }
     for (guest, c) in [("with VMX", &r.chosen.vmx), ("--vmx off", &r.chosen.plain)] {
         println!("Chosen      {guest}: {}; {}", c.engine.name(), c.why);
@@ -209,7 +229,14 @@ fn kvm_report(cpu: &CpuReport) -> KvmReport {
     let mut capabilities: Vec<Feature> =
         caps.into_iter().map(|(name, cap)| Feature { name, present: kvm.check_extension(cap) }).collect();
     capabilities.push(Feature { name: "nested state read and set", present: nested_state_works(&kvm) });
-    KvmReport::Present { api_version: kvm.get_api_version(), kind: kind.into(), capabilities }
+    KvmReport::Present {
+        api_version: kvm.get_api_version(),
+        kind: kind.into(),
+        hardware: cpu.virtualization,
+        flaws: engine_kvm::probe()
+            .map_or_else(|e| vec![e.to_string()], |p| p.flaws.iter().map(ToString::to_string).collect()),
+        capabilities,
+    }
 }
 
 /// Whether KVM_GET_NESTED_STATE gives a vCPU's state and KVM_SET_NESTED_STATE takes it back (KVM API

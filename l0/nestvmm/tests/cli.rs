@@ -142,5 +142,47 @@ fn doctor_prints_json() {
     for figure in ["cpl0_instructions_per_second", "cpl3_instructions_per_second", "exit_ns"] {
         assert!(v["engines"][0]["figures"][figure]["value"].as_f64() > Some(0.0), "{v}");
     }
+    assert_eq!(v["vmx_traps"][0]["method"], "software", "{v}");
+    assert!(v["vmx_traps"][0]["ns"]["value"].as_f64() > Some(0.0), "{v}");
     assert!(v["cpu"]["vendor"].is_string() && v["kvm"]["state"].is_string());
+}
+
+#[test]
+fn bench_engines_writes_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("engines.json");
+    for (device, has_kvm) in [(None, None), (Some("/dev/null"), Some(false))] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nestvmm"));
+        command.args(["bench", "engines", "--rounds", "5", "--json"]).arg(&json);
+        if let Some(device) = device {
+            command.env("NESTVMM_KVM", device);
+        }
+        let out = command.output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let table = String::from_utf8_lossy(&out.stdout);
+        assert_eq!(table.lines().count(), 10, "{table}");
+        let v: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+        let mut figures = vec![&v["hand_over_ns"]];
+        for (engine, name) in [(0, "soft"), (1, "kvm")] {
+            assert_eq!(v["engines"][engine]["name"], name);
+            let f = &v["engines"][engine]["figures"];
+            figures.extend(
+                ["cpl0_instructions_per_second", "cpl3_instructions_per_second", "exit_ns"].map(|n| &f[n]),
+            );
+        }
+        for (i, method) in ["software", "emulation-failure", "breakpoint"].into_iter().enumerate() {
+            assert_eq!(v["vmx_traps"][i]["method"], method);
+            figures.push(&v["vmx_traps"][i]["ns"]);
+        }
+        for figure in &figures {
+            assert!(figure["value"].as_f64() > Some(0.0) || figure["unavailable"].is_string(), "{v}");
+        }
+        // The software engine has all of its four.
+        let measured = figures.iter().filter(|f| f["value"].is_number()).count();
+        assert!(measured >= 4, "{v}");
+        if has_kvm == Some(false) {
+            assert_eq!(measured, 4, "{v}");
+            assert!(table.contains("not available here: KVM_GET_API_VERSION failed"), "{table}");
+        }
+    }
 }

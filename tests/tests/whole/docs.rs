@@ -36,7 +36,7 @@ fn options(help: &str) -> BTreeSet<String> {
 #[test]
 fn the_user_guide_has_every_option() {
     let guide = fs::read_to_string(root().join("docs/user-guide.md")).expect("the user guide is there");
-    let commands: [&[&str]; 17] = [
+    let commands: [&[&str]; 18] = [
         &[],
         &["run"],
         &["demo"],
@@ -47,6 +47,7 @@ fn the_user_guide_has_every_option() {
         &["bench", "nested"],
         &["bench", "vmexit"],
         &["bench", "exits"],
+        &["bench", "engines"],
         &["bench", "mix"],
         &["scenario", "run"],
         &["scenario", "list"],

@@ -3,6 +3,7 @@
 //! Not supported: comparing with anything but QEMU's TCG.
 
 mod boot;
+mod engines;
 mod exits;
 mod mix;
 mod nested;
@@ -19,6 +20,7 @@ use crate::status::Failure;
 pub fn bench(command: &BenchCommand) -> Result<(), Failure> {
     match command {
         BenchCommand::Boot(args) => boot::boot(args),
+        BenchCommand::Engines(args) => engines::engines(args),
         BenchCommand::Exits(args) => exits::exits(args),
         BenchCommand::Nested(args) => nested::nested(args),
         BenchCommand::Vmexit(args) => vmexit::vmexit(args),

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{Engine, EngineError};
-use engine_kvm::tiny::{self, HLT, Level, Unmeasured};
+use engine_kvm::HybridEngine;
+use engine_kvm::tiny::{self, HLT, Level, Unmeasured, VMREAD};
+use engine_kvm::traps::{Trap, traps};
+use engine_soft::SoftEngine;
 use memory::MachineMemory;
 use serde::Serialize;
 use x86_spec::exit::ExitReason;
@@ -66,6 +69,35 @@ impl Figures {
     }
 }
 
+/// What a VMX instruction of a guest takes until L0 has it.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrapFigure {
+    /// How it reaches L0: `software` (the software engine's exit), `emulation-failure` or `breakpoint` (KVM's).
+    pub method: &'static str,
+    /// Median in nanoseconds.
+    pub ns: Figure,
+}
+
+/// All ways for VMX instructions to reach L0.
+pub fn vmx_traps(rounds: u32) -> Vec<TrapFigure> {
+    let soft = tiny::exits(SoftEngine::new, (&VMREAD, ExitReason::Vmread), rounds);
+    let kvm = Trap::ALL.map(|trap| (trap.name(), traps(trap, rounds)));
+    let all = [("software", soft)].into_iter().chain(kvm);
+    all.map(|(method, times)| TrapFigure { method, ns: times.map(median_ns).into() }).collect()
+}
+
+/// Median of a hand-over from KVM to the software engine and back, in nanoseconds.
+pub fn hand_over_ns(rounds: u32) -> Figure {
+    let composed = |memory: Arc<MachineMemory>| {
+        let engine = HybridEngine::new(memory.clone(), SoftEngine::new(memory)?)?;
+        match engine.flaws() {
+            [] => Ok(engine),
+            flaws => Err(EngineError::Unsupported { engine: "kvm", reason: crate::run::without_kvm(flaws) }),
+        }
+    };
+    tiny::hand_overs(composed, rounds).map(median_ns).into()
+}
+
 /// The median in nanoseconds.
 pub fn median_ns(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
@@ -88,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_software_engine_has_all_figures_on_any_host() {
-        let f = Figures::of(engine_soft::SoftEngine::new, 3);
+        let f = Figures::of(SoftEngine::new, 3);
         for figure in [f.cpl0_instructions_per_second, f.cpl3_instructions_per_second, f.exit_ns] {
             assert!(matches!(figure, Figure::Value(v) if v > 0.0), "{figure:?}");
         }
