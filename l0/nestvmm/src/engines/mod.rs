@@ -13,8 +13,9 @@ use engine_soft::SoftEngine;
 
 /// How long each engine's loop runs for the choice.
 const LOOP: Duration = Duration::from_millis(4);
-/// How long the choice waits for KVM: many times of what it takes, a few virtual machines made and entered.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// How long the choice waits for KVM: many times of what it takes, a few virtual machines made and entered. That is some
+/// tens of milliseconds, and more where KVM's host is itself emulated.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is known of this host's KVM, as far as the choice needs it.
 #[derive(Clone, Debug, PartialEq)]
