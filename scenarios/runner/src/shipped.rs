@@ -12,6 +12,7 @@ shipped! {
     "microvisor",
     "l1-boot",
     "l1-crash",
+    "l1-on-kvm",
     "l2-exits",
     "l2-panic-of-l1",
     "l2-module-reload",

@@ -1,0 +1,1 @@
+nestvmm run /root/.cache/nestvmm/scenario-demo.img --exit-stats-json /tmp/nestvmm-scenario-ynwwdY/exits.json
