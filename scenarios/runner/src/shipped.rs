@@ -12,7 +12,6 @@ shipped! {
     "microvisor",
     "l1-boot",
     "l1-crash",
-    "l1-on-kvm",
     "l2-exits",
     "l2-panic-of-l1",
     "l2-module-reload",
