@@ -116,7 +116,8 @@ impl<S: Engine> HybridEngine<S> {
     /// # Errors
     /// As [`KvmEngine::new`].
     pub fn new(memory: Arc<MachineMemory>, soft: S) -> Result<Self, EngineError> {
-        let kvm = KvmEngine::new(memory)?;
+        // One with flaws runs nothing, so there is nothing to withhold from its guests.
+        let kvm = KvmEngine::open(memory)?;
         let flaws = crate::probe::flaws()?;
         Ok(Self { kvm, soft: Arc::new(soft), flaws })
     }

@@ -5,6 +5,11 @@ use x86_spec::segment::seg;
 
 use crate::cpu::{Access, Cpu, Exec};
 
+/// Whether the instruction has a memory operand with a ModRM byte.
+pub(crate) fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
 /// Index of a segment register by its iced name.
 pub fn segment_index(r: Register) -> usize {
     match r {

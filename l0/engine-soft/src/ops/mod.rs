@@ -17,7 +17,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec, SLOT_FS, SLOT_GS, SLOT_RIP, SLOT_ZERO, gpr8_number};
 use crate::op::{Handler, Op};
-use crate::operand::{memory_segment, segment_index, size_mask};
+use crate::operand::{has_memory, memory_segment, segment_index, size_mask};
 use crate::{attempt, next};
 use alu::{Bin, Shift, Un, Word};
 pub(crate) use branch::fallthrough;
@@ -667,8 +667,7 @@ macro_rules! extend {
 pub fn lower(i: &Instruction, bits64: bool, op: &mut Op) -> Option<Flow> {
     use Mnemonic as M;
     lower_operands(i, op);
-    let has_memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-    let form = if has_memory { lower_memory(i, bits64, op) } else { AddrForm::Base };
+    let form = if has_memory(i) { lower_memory(i, bits64, op) } else { AddrForm::Base };
     let run: Option<Handler> = match i.mnemonic() {
         M::Add => lower_bin::<alu::Add>(i, form),
         M::Or => lower_bin::<alu::Or>(i, form),

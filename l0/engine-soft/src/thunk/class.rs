@@ -4,7 +4,8 @@ use std::sync::OnceLock;
 
 use iced_x86::{Code, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 
-use super::compile::{Uses, has_memory};
+use super::compile::Uses;
+use crate::operand::has_memory;
 
 /// Legacy SSE: CR0.EM, CR0.TS, CR4.OSFXSR.
 pub(super) const SSE: u8 = 1;

@@ -7,6 +7,7 @@
 
 use std::mem::offset_of;
 
+use crate::operand::has_memory;
 use engine::FpuState;
 use iced_x86::{
     Code, CodeSize, Encoder, EncodingKind, IcedError, Instruction, InstructionInfoFactory, MemoryOperand,
@@ -282,11 +283,6 @@ fn ymm(n: usize) -> Register {
 
 fn mm(n: usize) -> Register {
     Register::MM0 + n as u32
-}
-
-/// Whether the instruction has a memory operand with a ModRM byte.
-pub(super) fn has_memory(i: &Instruction) -> bool {
-    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
 }
 
 /// Puts `to` in place of RSP, ESP, SP and SPL among the operands.

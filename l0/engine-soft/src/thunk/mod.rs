@@ -35,12 +35,12 @@ use crate::arena::Arena;
 use crate::block::Block;
 use crate::cpu::{Access, Cpu, Exec};
 use crate::op::{Handler, Op, SimpleFn, simple_next};
-use crate::operand::{memory_segment, segment_index, size_mask};
+use crate::operand::{has_memory, memory_segment, segment_index, size_mask};
 use crate::ops::op_linear;
 use crate::{attempt, next};
 
 use class::{AVX, Class, FP, MMX, SSE, VEX, X87, as_decoded_by_host, classify};
-use compile::{Compiler, has_memory, normalised};
+use compile::{Compiler, normalised};
 pub use features::supported_features;
 
 /// A thunk: guest registers, vector and x87 state, the memory operand, status flags

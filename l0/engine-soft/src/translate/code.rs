@@ -17,6 +17,7 @@ use crate::block::Block;
 use crate::cpu::{Cpu, SLOT_ZERO};
 use crate::mmu::{Mmu, TLB_ENTRIES, TlbEntry};
 use crate::op::Op;
+use crate::operand::has_memory;
 use crate::ops::branch::branch_size;
 use crate::ops::misc::{condition_code, is_cmovcc, is_setcc};
 use crate::ops::{Kinds, fallthrough, kinds, operand_size};
@@ -87,8 +88,7 @@ fn form(i: &Instruction, op: &Op, last: bool) -> Option<Form> {
         return None;
     }
     let two = kinds(i);
-    let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-    if memory && i.mnemonic() != M::Nop && (op.address_size != 8 || displacement(op).is_none()) {
+    if has_memory(i) && i.mnemonic() != M::Nop && (op.address_size != 8 || displacement(op).is_none()) {
         return None;
     }
     let size = operand_size(i, 0);
@@ -175,7 +175,6 @@ fn displacement(op: &Op) -> Option<i32> {
 }
 
 fn effect(i: &Instruction, form: Option<Form>) -> Effect {
-    let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     let Some(form) = form else { return Effect { writes: false, reads: true, stops: true } };
     let (writes, reads) = match form {
         Form::Alu(Alu::Adc | Alu::Sbb) => (true, true),
@@ -185,7 +184,7 @@ fn effect(i: &Instruction, form: Option<Form>) -> Effect {
         }
         _ => (false, false),
     };
-    let stops = memory && !matches!(form, Form::Lea | Form::Nop)
+    let stops = has_memory(i) && !matches!(form, Form::Lea | Form::Nop)
         || matches!(
             form,
             Form::Push
@@ -217,8 +216,7 @@ struct Detour {
     from: Vec<Jump>,
     op: usize,
     /// Where the code in place goes on; `None` after a block's last instruction.
-    back: usize,
-    last: bool,
+    back: Option<usize>,
 }
 
 /// The code of `block`, for the address that `a` was started with. Returns the ops that it calls handlers
@@ -334,20 +332,21 @@ impl Emitter<'_> {
         let block = self.block;
         for d in std::mem::take(&mut self.detours) {
             d.from.into_iter().for_each(|j| self.a.land(j));
-            if d.last {
-                self.finish(&block.ops[d.op]);
-            } else {
-                self.call(&block.ops[d.op]);
-                self.flags_to_host();
-                self.a.jump_back(d.back);
+            match d.back {
+                None => self.finish(&block.ops[d.op]),
+                Some(back) => {
+                    self.call(&block.ops[d.op]);
+                    self.flags_to_host();
+                    self.a.jump_back(back);
+                }
             }
         }
     }
 
     /// Code in place was left by `from`; after the handler of op `n`, go on here.
     fn detour(&mut self, n: usize, from: Vec<Jump>, last: bool) {
-        let back = self.a.len();
-        self.detours.push(Detour { from, op: n, back, last });
+        let back = (!last).then(|| self.a.len());
+        self.detours.push(Detour { from, op: n, back });
     }
 
     // ---- flags ----------------------------------------------------------------------------------
@@ -457,8 +456,7 @@ impl Emitter<'_> {
     /// An instruction that is not the block's last.
     fn instruction(&mut self, n: usize, i: &Instruction, op: &Op, form: Form, wanted: bool) {
         let valid = std::mem::replace(&mut self.host_flags, false);
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-        if memory && !matches!(form, Form::Lea | Form::Nop) {
+        if has_memory(i) && !matches!(form, Form::Lea | Form::Nop) {
             let away = self.with_memory(i, op, form, wanted);
             self.detour(n, away, false);
             return;
@@ -733,10 +731,8 @@ impl Emitter<'_> {
             _ => {
                 let write = two != Kinds::RegMem && !matches!(form, Form::Alu(Alu::Cmp) | Form::Test);
                 let away = self.host_pointer(size, true, write);
-                if !matches!(form, Form::Unary(NOT)) || write {
-                    // RAX is needed for flags.
-                    self.a.mov(8, RDX, RAX);
-                }
+                // RAX is needed for flags.
+                self.a.mov(8, RDX, RAX);
                 let at = Mem::at(RDX, 0);
                 if matches!(form, Form::Alu(Alu::Adc | Alu::Sbb) | Form::Step(_)) {
                     self.flags_to_host();

@@ -275,10 +275,10 @@ fn translated_code_does_what_the_interpreter_does() {
     compare(3_000, &[0; 32]);
 }
 
-/// The same for longer: `cargo test --release -p engine-soft translated -- --ignored`.
+/// The same for longer: `cargo test --release -p engine-soft slow_ -- --ignored`.
 #[test]
-#[ignore = "takes a minute"]
-fn translated_code_does_what_the_interpreter_does_for_long() {
+#[ignore = "slow"]
+fn slow_translated_code_does_what_the_interpreter_does() {
     compare(200_000, &[1; 32]);
 }
 
